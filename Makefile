@@ -1,0 +1,45 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: demo test test-all lint bench gpu-check clean
+
+demo: $(VENV)/.core
+	$(BIN)/fisherscope demo --out figures/demo --overwrite
+
+test: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu" --jaxtyping-packages=fisherscope,beartype.beartype
+
+test-all: $(VENV)/.dev
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu" --jaxtyping-packages=fisherscope,beartype.beartype
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/fisher.py --out benchmarks/results
+
+# On a machine with a GPU and its own torch, transformers and pytest; installs nothing.
+gpu-check:
+	PYTHONPATH=. python3 -m pytest -p no:cacheprovider -m gpu tests
+	PYTHONPATH=. python3 benchmarks/fisher.py --device cuda --out benchmarks/results
+
+$(VENV)/bin/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fisherscope needs Python 3.11 or newer, but $(PYTHON) is `$(PYTHON) --version`; name another with make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.core: $(VENV)/bin/pip setup.cfg constraints.txt
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/bin/pip setup.cfg constraints.txt
+	$(PIP) -e ".[dev]"
+	@touch $@ $(VENV)/.core
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,151 @@
+"""Files that are never half-written, that say how they were made, and that are checked when read.
+
+Every file of fisherscope carries a format name, a format version and its provenance as JSON. Nothing is pickled.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import h5py
+
+FORMAT_VERSION = 1
+
+Provenance = Mapping[str, Any]
+"""Where a result came from; plain JSON values, file names only, never absolute paths."""
+
+VOLATILE = ("command", "time")
+"""The provenance keys in which two runs with the same result may differ."""
+
+
+class WrongFile(ValueError):
+    """A file is not what it should be: another format, version or shape, or damaged."""
+
+
+def provenance(**facts: Any) -> dict[str, Any]:
+    """The given facts, the versions of the libraries that compute, the command and the time."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    command = " ".join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])])
+    return {
+        **facts,
+        "versions": {"python": platform.python_version(), "fisherscope": _own_version(), **versions},
+        "command": command,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _without_folders(argument: str) -> str:
+    return Path(argument).name if argument.startswith(("/", "~", "..")) else argument
+
+
+def _own_version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+def part_path(path: str | Path) -> Path:
+    """Where work in progress towards ``path`` is kept."""
+    return Path(f"{path}.part")
+
+
+@contextlib.contextmanager
+def atomic(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that takes its place when the block ends without an exception.
+
+    Raises:
+        FileNotFoundError: If the folder of ``path`` does not exist and cannot be made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def digest(*values: bytes | str) -> str:
+    """SHA-256 of the values one after the other, shortened to 16 hexadecimal digits."""
+    total = hashlib.sha256()
+    for value in values:
+        total.update(value.encode() if isinstance(value, str) else value)
+        total.update(b"\0")
+    return total.hexdigest()[:16]
+
+
+def write_header(file: "h5py.File", format_name: str, provenance: Provenance) -> None:
+    """Mark an open HDF5 file as one of ours."""
+    file.attrs["format"] = format_name
+    file.attrs["format_version"] = FORMAT_VERSION
+    file.attrs["provenance"] = json.dumps(dict(provenance), sort_keys=True)
+
+
+@contextlib.contextmanager
+def open_hdf5(path: str | Path, format_name: str) -> Iterator["h5py.File"]:
+    """Open one of our HDF5 files for reading.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        WrongFile: If it cannot be read as HDF5, or holds another format or version.
+    """
+    import h5py
+
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    if not h5py.is_hdf5(path):
+        raise WrongFile(f"{path} should be a {format_name} file, but it is not HDF5 or was cut short; make it again.")
+    try:
+        with h5py.File(path, "r") as file:
+            check_header(path, format_name, file.attrs.get("format"), file.attrs.get("format_version"))
+            yield file
+    except OSError as error:
+        raise WrongFile(f"{path} is damaged and cannot be read ({error}); make it again.") from error
+
+
+def check_header(path: Path, format_name: str, found: object, version: object) -> None:
+    """Refuse a file of another format or of another version.
+
+    Raises:
+        WrongFile: If either differs.
+    """
+    if found != format_name:
+        raise WrongFile(f"{path} should be a {format_name} file, but it says {found!r}; give the file that was meant.")
+    if version != FORMAT_VERSION:
+        raise WrongFile(
+            f"{path} has format version {version}, but this fisherscope reads version {FORMAT_VERSION}; "
+            "make it again with this version."
+        )
+
+
+def file_format(path: str | Path) -> str:
+    """Which of our formats a file holds, by its header: ``"fisherscope.scores"``, ``".mask"`` or ``".landscape"``.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        WrongFile: If it is none of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    import h5py
+
+    if h5py.is_hdf5(path):
+        with h5py.File(path, "r") as file:
+            found = file.attrs.get("format", "")
+    else:
+        found = "fisherscope.mask" if path.name.removesuffix(".part").endswith(".safetensors") else ""
+    if not str(found).startswith("fisherscope."):
+        raise WrongFile(f"{path} is not a file of fisherscope: scores and landscapes are HDF5, masks safetensors.")
+    return str(found)

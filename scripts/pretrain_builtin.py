@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+"""Pretrain the small language models that ship with fisherscope.
+
+The text is the training part of ``builtin:docs`` plus any folder or file of plain text given with
+``--text``. The learning rate warms up, stays constant and decays over the last fifth (warmup-stable-decay), so
+a run that is stopped can be resumed with another ``--steps`` as long as the decay has not begun.
+
+    python scripts/pretrain_builtin.py train --text books/ --out runs/bert --steps 8000
+    python scripts/pretrain_builtin.py export --run runs/bert --out fisherscope/builtin/bert
+"""
+
+import argparse
+import json
+import logging
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.utils.data import Dataset
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, set_seed
+
+from fisherscope.builtin import docs
+from fisherscope.data.corruption import IGNORED, example_generator, mask_tokens
+
+logger = logging.getLogger("pretrain")
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>", *(f"<extra_id_{i}>" for i in range(100))]
+MAX_LENGTH = 128
+DOCS_SHARE = 0.3
+SNAPSHOT_STEPS = (0, 32, 128, 512, 2048, 4096, 8192)
+
+
+def read_text(path: Path) -> list[str]:
+    """The paragraphs of a text file, or of every .txt file in a folder whose name does not start with 'valid'."""
+    files = sorted(p for p in path.glob("**/*.txt") if not p.name.startswith("valid")) if path.is_dir() else [path]
+    return [" ".join(p.split()) for f in files for p in f.read_text(encoding="utf-8").split("\n\n") if p.strip()]
+
+
+def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
+    """A lower-casing WordPiece vocabulary that all built-in models share."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.train_from_iterator(
+        texts, trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False)
+    )
+    ends = [(t, tokenizer.token_to_id(t)) for t in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=MAX_LENGTH,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
+    )  # fmt: skip
+
+
+class MaskedWindows(Dataset):
+    """Item i is a random window of the text, masked: a function of (seed, i) alone, so a resumed run sees the same."""
+
+    def __init__(self, streams: list[np.ndarray], shares: list[float], tokenizer: PreTrainedTokenizerFast, length: int, seed: int):
+        self.streams, self.shares, self.tokenizer, self.length, self.seed = streams, shares, tokenizer, length, seed
+        self.special_ids = frozenset(tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        generator = example_generator(self.seed, index)
+        stream = self.streams[generator.choice(len(self.streams), p=self.shares)]
+        start = generator.integers(len(stream) - (MAX_LENGTH - 2))
+        window = stream[start : start + MAX_LENGTH - 2]
+        tokens = np.concatenate([[self.tokenizer.cls_token_id], window, [self.tokenizer.sep_token_id]])
+        corrupted, labels = mask_tokens(
+            tokens, generator, mask_id=self.tokenizer.mask_token_id, special_ids=self.special_ids,
+            vocabulary_size=len(self.tokenizer),
+        )  # fmt: skip
+        return {"input_ids": torch.from_numpy(corrupted), "labels": torch.from_numpy(labels)}
+
+
+class MaskedLMTrainer(Trainer):
+    """Sends only the masked positions through the vocabulary head: the same loss, a third less work."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labelled = inputs["labels"] != IGNORED
+        hidden = model.bert(inputs["input_ids"]).last_hidden_state[labelled]
+        loss = torch.nn.functional.cross_entropy(model.cls(hidden).float(), inputs["labels"][labelled])
+        return (loss, {}) if return_outputs else loss
+
+
+class Snapshots(TrainerCallback):
+    """Half-precision copies of the weights along the way, and the measured loss curve as JSON lines."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.started = folder, time.time()
+
+    def on_train_begin(self, args, state, control, model, **_):
+        self.on_step_end(args, state, control, model)
+
+    def on_step_end(self, args, state, control, model, **_):
+        target = self.folder / f"step_{state.global_step:06d}"
+        if state.global_step in (*SNAPSHOT_STEPS, args.max_steps) and not target.exists():
+            save_half(model, target)
+
+    def on_log(self, args, state, control, logs, **_):
+        if "loss" in logs:
+            row = {"step": state.global_step, "loss": logs["loss"], "learning_rate": logs["learning_rate"], "seconds": time.time() - self.started}
+            with open(self.folder / "loss.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def save_half(model: BertForMaskedLM, folder: Path) -> None:
+    """Write a copy of the model with float16 weights; the training model is not touched."""
+    copy = BertForMaskedLM(model.config)
+    copy.load_state_dict(model.state_dict())
+    copy.half().save_pretrained(folder)
+
+
+def train(args: argparse.Namespace) -> None:
+    set_seed(args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    documentation = [p.text for p in docs.passages("train")]
+    paragraphs = [p for path in args.text for p in read_text(path)]
+    if (args.out / "tokenizer.json").exists():
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
+    else:  # documentation counts as much as the books, as in training
+        repeats = max(1, round(DOCS_SHARE / (1 - DOCS_SHARE) * sum(map(len, paragraphs)) / sum(map(len, documentation))))
+        tokenizer = train_tokenizer(documentation * repeats + paragraphs, args.vocabulary)
+        tokenizer.save_pretrained(args.out)
+    streams = [
+        np.concatenate([np.array(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
+        for texts in (documentation, paragraphs) if texts
+    ]  # fmt: skip
+    shares = [DOCS_SHARE, 1 - DOCS_SHARE] if paragraphs else [1.0]
+    logger.info("training text: %s tokens, drawn with shares %s", [len(s) for s in streams], shares)
+
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
+        max_position_embeddings=MAX_LENGTH, pad_token_id=tokenizer.pad_token_id,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = BertForMaskedLM(config)
+    decay = args.steps // 5
+    settings = TrainingArguments(
+        output_dir=str(args.out / "trainer"), max_steps=args.steps, per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate, weight_decay=0.01, adam_beta2=0.98, warmup_steps=args.warmup,
+        lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": decay, "decay_type": "linear"},
+        bf16=args.bf16, use_cpu=not torch.cuda.is_available(), train_sampling_strategy="sequential", logging_steps=50, save_steps=200,
+        save_total_limit=2, seed=args.seed, data_seed=args.seed, report_to="none", disable_tqdm=True, remove_unused_columns=False,
+    )  # fmt: skip
+    windows = MaskedWindows(streams, shares, tokenizer, args.steps * args.batch_size, args.seed)
+    trainer = MaskedLMTrainer(model, settings, train_dataset=windows, callbacks=[Snapshots(args.out)])
+    checkpoint = get_last_checkpoint(settings.output_dir) if Path(settings.output_dir).exists() else None
+    trainer.train(resume_from_checkpoint=checkpoint)
+    run = {
+        "model": args.model, "steps": args.steps, "batch_size": args.batch_size, "length": MAX_LENGTH, "seed": args.seed,
+        "learning_rate": args.learning_rate, "bf16": args.bf16, "torch": torch.__version__, "python": platform.python_version(),
+        "docs_fingerprint": docs.fingerprint("train"), "text_tokens": [len(s) for s in streams], "shares": shares,
+        "texts": [path.name for path in args.text],
+    }  # fmt: skip
+    (args.out / "run.json").write_text(json.dumps(run, indent=1))
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    training = commands.add_parser("train")
+    training.add_argument("--model", choices=["bert"], default="bert")
+    training.add_argument("--text", type=Path, action="append", default=[], help="text file or folder; may be repeated")
+    training.add_argument("--out", type=Path, required=True)
+    training.add_argument("--steps", type=int, default=14000)
+    training.add_argument("--batch-size", type=int, default=32)
+    training.add_argument("--learning-rate", type=float, default=1.5e-3)
+    training.add_argument("--warmup", type=int, default=400)
+    training.add_argument("--vocabulary", type=int, default=4096)
+    training.add_argument("--seed", type=int, default=0)
+    training.add_argument("--bf16", action="store_true")
+    training.set_defaults(run=train)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
