@@ -1,0 +1,53 @@
+"""Loss landscapes and Fisher information of language models.
+
+Names are imported on first use, so that ``import fisherscope`` and ``fisherscope --help`` cost nothing.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import plots
+    from .data import Batches, Source, load_batches, read_source
+    from .fisher import estimate_fisher
+    from .landscape import Axis, Landscape, random_directions, scan_landscape
+    from .masks import Mask, MaskMismatch, bottom_fraction, random_fraction, top_fraction
+    from .models import load_model
+    from .objectives import example_losses
+    from .scores import FisherScores
+
+_HOME = {
+    "plots": "",
+    "Batches": ".data",
+    "Source": ".data",
+    "load_batches": ".data",
+    "read_source": ".data",
+    "estimate_fisher": ".fisher",
+    "Axis": ".landscape",
+    "Landscape": ".landscape",
+    "random_directions": ".landscape",
+    "scan_landscape": ".landscape",
+    "Mask": ".masks",
+    "MaskMismatch": ".masks",
+    "bottom_fraction": ".masks",
+    "random_fraction": ".masks",
+    "top_fraction": ".masks",
+    "load_model": ".models",
+    "example_losses": ".objectives",
+    "FisherScores": ".scores",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fisherscope' has no attribute {name!r}")
+    home = _HOME[name]
+    return getattr(importlib.import_module(home, __name__), name) if home else importlib.import_module(f".{name}", __name__)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,130 @@
+"""Which module uses which parameter, and where the examples are: found by watching the model, never assumed.
+
+The model is run on two examples and on three. An input whose first axis has length 2 in one run and 3 in the other is
+indexed by example; one that stays the same is shared by all. The length of that axis in a single run proves nothing: a sequence may
+be as long as the batch.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+Key = int | str
+
+
+@dataclass
+class Usage:
+    """What was seen of one module.
+
+    Attributes:
+        parameters: Canonical names of the parameters used by operations of this module's own forward function.
+        sizes: For every run, for every call, the length of the first axis of each tensor input and of the output
+            (``None`` where there is none, or the output is no tensor).
+    """
+
+    parameters: set[str] = field(default_factory=set)
+    sizes: list[list[dict[Key, int | None]]] = field(default_factory=list)
+
+    def batched(self) -> frozenset[Key] | None:
+        """The inputs (and ``"output"``) indexed by example in every call; None if the calls do not agree."""
+        kinds = {frozenset(k for k in pair[0] if _grows(pair, k)) for pair in self._pairs()}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    def shared_by_one(self) -> bool:
+        """Whether in every call the first input and the output have a first axis of length 1, whatever the batch."""
+        pairs = list(self._pairs())
+        return bool(pairs) and all(call.get(0) == call.get("output") == 1 for pair in pairs for call in pair)
+
+    def _pairs(self) -> Iterator[tuple[dict[Key, int | None], dict[Key, int | None]]]:
+        two, three = self.sizes
+        if len(two) != len(three):
+            yield from (({}, {}), ({0: 2}, {0: 3}))  # not the same calls: nothing can be said
+            return
+        yield from zip(two, three, strict=True)
+
+
+def _grows(pair: tuple[dict[Key, int | None], dict[Key, int | None]], key: Key) -> bool:
+    return pair[0].get(key) == 2 and pair[1].get(key) == 3
+
+
+def watch(
+    model: nn.Module, batch: Mapping[str, Tensor], names: Mapping[int, str], run: Callable[[dict[str, Tensor]], Any]
+) -> dict[nn.Module, Usage]:
+    """Run the model on two and on three examples of a batch and report how its modules use their parameters.
+
+    Args:
+        model: The model that ``run`` calls.
+        batch: At least one example; examples are repeated where there are fewer than three.
+        names: ``id(parameter)`` to canonical name, of the parameters that matter.
+        run: Calls the model on a batch.
+    """
+    usages: dict[nn.Module, Usage] = defaultdict(Usage)
+    for size in (2, 3):
+        for usage in usages.values():
+            usage.sizes.append([])
+        with torch.no_grad(), _Watcher(model, names, usages, run_number=size - 2):
+            run({name: value[torch.arange(size, device=value.device) % len(value)] for name, value in batch.items()})
+    for usage in usages.values():
+        usage.sizes += [[] for _ in range(2 - len(usage.sizes))]
+    return {module: usage for module, usage in usages.items() if usage.parameters}
+
+
+class _Watcher(TorchFunctionMode):
+    """Notes every operation that turns a parameter into a tensor, under the module whose forward is running."""
+
+    def __init__(
+        self, model: nn.Module, names: Mapping[int, str], usages: dict[nn.Module, Usage], run_number: int
+    ) -> None:
+        super().__init__()
+        self.model, self.names, self.usages, self.run_number = model, names, usages, run_number
+        self.running: list[nn.Module] = []
+        self.hooks = ExitStack()
+
+    def __enter__(self) -> "_Watcher":
+        for module in self.model.modules():
+            self.hooks.enter_context(_removed(module.register_forward_pre_hook(self._begin)))
+            self.hooks.enter_context(
+                _removed(module.register_forward_hook(self._end, with_kwargs=True, always_call=True))
+            )
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self.hooks.close()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if self.running and isinstance(result, (Tensor, tuple, list)):  # .dtype and .size() are no use of the values
+            for value in tree_leaves((args, kwargs)):
+                if id(value) in self.names:
+                    self.usages[self.running[-1]].parameters.add(self.names[id(value)])
+        return result
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        self.running.append(module)
+
+    def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self.running.pop()
+        sizes = {key: _length(value) for key, value in (*enumerate(args), *kwargs.items(), ("output", output))}
+        runs = self.usages[module].sizes
+        runs += [[] for _ in range(self.run_number + 1 - len(runs))]
+        runs[self.run_number].append(sizes)
+
+
+def _length(value: Any) -> int | None:
+    return len(value) if isinstance(value, Tensor) and value.ndim > 0 else None
+
+
+@contextmanager
+def _removed(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,160 @@
+"""A Fisher run: progress, checkpoints, resume."""
+
+import json
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import storage
+from .._progress import progress_bar
+from ..models import describe, infer_objective, measuring
+from ..objectives import Batch, LossFunction
+from ..scores import FORMAT, FisherScores, Reduction, read_tensors, write
+from .engines import Engine, hooks_engine, loop_engine
+
+logger = logging.getLogger(__name__)
+
+EngineName = Literal["auto", "hooks", "loop"]
+
+SECONDS_BETWEEN_CHECKPOINTS = 30.0
+
+
+def estimate_fisher(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    *,
+    objective: str | LossFunction | None = None,
+    reduction: Reduction = "mean",
+    engine: EngineName = "auto",
+    progress: bool = True,
+    checkpoint: str | Path | None = None,
+) -> FisherScores:
+    r"""Empirical Fisher information of every entry of a model.
+
+    .. math::  F_i = \frac{1}{N} \sum_{n=1}^{N} \Big(\frac{\partial \ell_n}{\partial \theta_i}\Big)^2
+
+    with :math:`\ell_n` the loss of example :math:`n`, model in eval mode: exactly what a loop of backward passes
+    with one example each gives (Kunstner et al., arXiv 1905.12558, call it the empirical Fisher). All uses of a tied
+    parameter are added before squaring. The model is left as it was.
+
+    Args:
+        model: Any ``nn.Module``; the parameters that require a gradient are scored.
+        batches: A re-iterable of dicts as a Hugging Face collator makes them (``input_ids``, ``attention_mask``,
+            ``labels``: -100 ignored, causal labels unshifted), the example axis first.
+        objective: ``"mlm"``, ``"causal-lm"``, ``"seq2seq-lm"``, ``"classification"``, ``"regression"``, or a function
+            ``(model, batch) -> losses of shape [B]``; None infers it from the model's head.
+        reduction: Whether :math:`\ell_n` is the ``"mean"`` or the ``"sum"`` over the example's scored tokens.
+        engine: ``"loop"`` is one backward pass per example, ``"hooks"`` the batched engine; ``"auto"`` means hooks.
+        progress: Show a bar with the expected time to the end.
+        checkpoint: A file for the sums so far; when it exists the run goes on where it stopped. Removed at the end.
+
+    Returns:
+        Scores in the parameters' shapes, float32 (float64 for a float64 model), squared nats per squared unit.
+        Examples with no scored token are skipped; ``provenance["skipped"]`` counts them.
+
+    Raises:
+        ValueError: If no parameter requires a gradient, a loss is not finite, no example has anything to score,
+            or the checkpoint belongs to another run.
+    """
+    objective = objective or infer_objective(model)
+    scored = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not scored:
+        raise ValueError("A Fisher run scores the parameters that require a gradient, but this model has none.")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
+    if engine not in ("auto", "hooks", "loop"):
+        raise ValueError(f"engine must be 'auto', 'hooks' or 'loop', got {engine!r}.")
+    facts = _facts(model, batches, objective, reduction, engine)
+    state = _State.start(scored) if checkpoint is None else _State.resume(Path(checkpoint), scored, facts)
+    add = (loop_engine if engine == "loop" else hooks_engine)(model, objective, reduction)
+    with measuring(model):
+        _run(add, batches, state, facts, Path(checkpoint) if checkpoint else None, progress)
+    if not state.used:
+        raise ValueError("None of the examples has a scored token (a label that is not -100); check labels and objective.")
+    if state.seen > state.used:
+        logger.warning("%d of %d examples have no scored token and were skipped.", state.seen - state.used, state.seen)
+    provenance = storage.provenance(**facts["provenance"], skipped=state.seen - state.used)
+    scores = {name: total / state.used for name, total in state.sums.items()}
+    return FisherScores(scores, state.used, facts["estimator"], facts["unit"], reduction, provenance)
+
+
+@dataclass
+class _State:
+    """How far a run has come."""
+
+    sums: dict[str, Tensor]
+    batches: int = 0
+    seen: int = 0
+    used: int = 0
+
+    @staticmethod
+    def start(scored: Mapping[str, nn.Parameter]) -> "_State":
+        def wide(p: Tensor) -> torch.dtype:
+            return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+        return _State({name: torch.zeros_like(p, dtype=wide(p)) for name, p in scored.items()})
+
+    @staticmethod
+    def resume(path: Path, scored: Mapping[str, nn.Parameter], facts: Mapping[str, Any]) -> "_State":
+        if not path.exists():
+            return _State.start(scored)
+        with storage.open_hdf5(path, FORMAT) as file:
+            if "progress" not in file.attrs:
+                raise ValueError(f"{path} is a finished scores file, not the checkpoint of a run; name another checkpoint.")
+            before = json.loads(file.attrs["provenance"])
+            for key in ("model", "data", "objective", "engine"):
+                if before[key] != json.loads(json.dumps(facts["provenance"][key])):
+                    raise ValueError(
+                        f"{path} was begun with another {key} ({before[key]} there, {facts['provenance'][key]} now); "
+                        "repeat that command to go on, or delete the file to start afresh."
+                    )
+            if file.attrs["reduction"] != facts["reduction"]:
+                raise ValueError(f"{path} was begun with reduction {file.attrs['reduction']}; delete it to start afresh.")
+            sums = {name: tensor.to(scored[name].device) for name, tensor in read_tensors(file).items()}
+            batches, seen, used = (int(v) for v in file.attrs["progress"])
+        logger.info("Going on after %d examples.", seen)
+        return _State(sums, batches, seen, used)
+
+    def save(self, path: Path, facts: Mapping[str, Any]) -> None:
+        counts = {"num_examples": self.used, "progress": [self.batches, self.seen, self.used]}
+        with storage.atomic(path) as temporary:
+            write(temporary, self.sums, counts, {**facts, "provenance": storage.provenance(**facts["provenance"])})
+
+
+def _facts(
+    model: nn.Module, batches: Iterable[Batch], objective: str | LossFunction, reduction: str, engine: str
+) -> dict[str, Any]:
+    """What identifies a run: a resumed run must agree on all of it."""
+    data = {
+        "source": getattr(batches, "source", "in memory"),
+        "fingerprint": getattr(batches, "fingerprint", None),
+        "batch_size": getattr(batches, "batch_size", None),
+        "settings": getattr(batches, "settings", None),
+    }
+    name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", "a function")
+    provenance = {"model": describe(model), "data": data, "objective": name, "engine": engine}
+    return {"estimator": "empirical", "unit": "sequence", "reduction": reduction, "provenance": provenance}
+
+
+def _run(
+    add: Engine, batches: Iterable[Batch], state: _State, facts: Mapping[str, Any], checkpoint: Path | None, shown: bool
+) -> None:
+    total = getattr(batches, "num_examples", None)
+    saved = time.monotonic()
+    with progress_bar(total, "Fisher", "example", done=state.seen, shown=shown) as bar:
+        for number, batch in enumerate(batches):
+            if number < state.batches:
+                continue
+            size = len(next(iter(batch.values())))
+            state.used += add(batch, state.sums)
+            state.batches, state.seen = number + 1, state.seen + size
+            bar.update(size)
+            if checkpoint and state.used and time.monotonic() - saved >= SECONDS_BETWEEN_CHECKPOINTS:
+                state.save(checkpoint, facts)
+                saved = time.monotonic()

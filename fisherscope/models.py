@@ -1,0 +1,282 @@
+"""Models as fisherscope sees them: loaded in float32 and eval mode, with parameters addressed by name.
+
+A parameter's canonical name is the first one ``named_parameters()`` gives it, so a tied parameter appears once. This
+is the only module that knows how Hugging Face lays models out; nothing here depends on positions.
+"""
+
+import contextlib
+import logging
+import re
+import weakref
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .storage import digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+_AUTO_CLASSES = {
+    "mlm": "AutoModelForMaskedLM",
+    "causal-lm": "AutoModelForCausalLM",
+    "seq2seq-lm": "AutoModelForSeq2SeqLM",
+    "classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+}
+OBJECTIVES = tuple(_AUTO_CLASSES)
+
+_loaded: "weakref.WeakKeyDictionary[nn.Module, dict[str, Any]]" = weakref.WeakKeyDictionary()
+
+
+def load_model(
+    name: str | Path,
+    *,
+    objective: str | None = None,
+    num_labels: int | None = None,
+    seed: int = 0,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a language model and its tokenizer, ready to be measured: float32 weights, eval mode.
+
+    Args:
+        name: A name on the Hugging Face Hub, a local folder, or ``builtin:bert``.
+        objective: ``"mlm"``, ``"causal-lm"``, ``"seq2seq-lm"``, ``"classification"`` or ``"regression"``; None takes
+            the head the checkpoint was saved with.
+        num_labels: Number of classes of a classification head; None keeps the checkpoint's.
+        seed: Draws the parameters the checkpoint lacks (a new head), which one warning names.
+        revision: Branch, tag or commit on the Hub.
+        dtype: Of the weights, whatever the checkpoint's is.
+        device: Where the model goes; None means CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: If the objective is unknown, or is needed because the checkpoint has no head.
+        FileNotFoundError: If there is no such built-in, folder or Hub model, or the Hub cannot be reached.
+    """
+    import transformers
+
+    path = _resolve(str(name))
+    try:
+        config = transformers.AutoConfig.from_pretrained(path, revision=revision)
+        objective = _known(objective) if objective else _saved_objective(config, str(name))
+        if objective == "regression":
+            num_labels = 1
+        labels = {} if num_labels is None else {"num_labels": num_labels}
+        auto_class = getattr(transformers, _AUTO_CLASSES[objective])
+        with torch.random.fork_rng(devices=[]), _quiet_loading(transformers):
+            torch.manual_seed(seed)
+            model, report = auto_class.from_pretrained(
+                path, revision=revision, dtype=dtype, output_loading_info=True, **labels
+            )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"Cannot load the model {str(name)!r}: {reason}") from error
+    if model.config.pad_token_id is None:  # GPT-2's classification head asks for it; padding is masked, so any id will do
+        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    new = sorted(set(report["missing_keys"]) & set(dict(model.named_parameters())))
+    if new:
+        logger.warning(
+            "%s has no weights for %d parameters, for example '%s'; they are drawn at random from seed %d.",
+            name, len(new), new[0], seed,
+        )  # fmt: skip
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.eval().to(device)
+    revision = getattr(config, "_commit_hash", None) or revision
+    shown = str(name) if str(name).startswith("builtin:") or not Path(path).is_dir() else Path(path).resolve().name
+    _loaded[model] = {"name": shown, "revision": revision, "new_parameters": new, "seed": seed if new else None}
+    return model, tokenizer
+
+
+def _resolve(name: str) -> str:
+    if not name.startswith("builtin:"):
+        return name
+    folder = Path(str(resources.files("fisherscope.builtin"))) / name.removeprefix("builtin:")
+    if not (folder / "config.json").is_file():
+        known = sorted(p.parent.name for p in folder.parent.glob("*/config.json"))
+        raise FileNotFoundError(f"There is no built-in model {name!r}; there are {', '.join(f'builtin:{k}' for k in known)}.")
+    return str(folder)
+
+
+def _known(objective: str) -> str:
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}.")
+    return objective
+
+
+@contextlib.contextmanager
+def _quiet_loading(transformers: Any) -> Iterator[None]:
+    """Hide the loading report of transformers; what matters in it is said in one line of our own."""
+    before = transformers.utils.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+def _saved_objective(config: Any, name: str) -> str:
+    objective = _objective_of_class((config.architectures or [""])[0], config)
+    if objective is None:
+        raise ValueError(
+            f"The checkpoint {name!r} was saved without a head that fisherscope knows ({config.architectures}); "
+            f"give an objective: one of {', '.join(OBJECTIVES)}."
+        )
+    return objective
+
+
+def infer_objective(model: nn.Module) -> str:
+    """The objective that a model's head was made for.
+
+    Raises:
+        ValueError: If the class of the model is no known head.
+    """
+    objective = _objective_of_class(type(model).__name__, getattr(model, "config", None))
+    if objective is None:
+        raise ValueError(
+            f"Cannot tell the objective of a {type(model).__name__}; give one of {', '.join(OBJECTIVES)}, "
+            "or a function (model, batch) -> losses of shape [B]."
+        )
+    return objective
+
+
+def _objective_of_class(class_name: str, config: Any) -> str | None:
+    from transformers.models.auto import modeling_auto as auto
+
+    if class_name in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        return "regression" if config.num_labels == 1 else "classification"
+    tables = {
+        "mlm": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "seq2seq-lm": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "causal-lm": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    }
+    for objective, table in tables.items():  # in this order: the causal table also lists models of the other two
+        if class_name in table.values():
+            return objective
+    return None
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    """What provenance says of a model: name, revision, class, weight fingerprint, and how its parameters are named."""
+    config = getattr(model, "config", None)
+    fallback = {"name": Path(getattr(config, "_name_or_path", "") or "unnamed").name, "revision": None, "new_parameters": []}
+    return {
+        **_loaded.get(model, fallback),
+        "class": type(model).__name__,
+        "fingerprint": weights_fingerprint(model),
+        "prefix": backbone_prefix(model),
+        "transposed": sorted(transposed_parameters(model)),
+    }
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """SHA-256 over the names, shapes and float32 values of all parameters, 16 hexadecimal digits."""
+    parts: list[bytes | str] = []
+    for name, parameter in model.named_parameters():
+        parts += [f"{name}{tuple(parameter.shape)}", parameter.detach().float().cpu().numpy().tobytes()]
+    return digest(*parts)
+
+
+def transposed_parameters(model: nn.Module) -> set[str]:
+    """Names of weights stored as [inputs, outputs], so that one output unit is a column (Hugging Face's Conv1D)."""
+    from transformers.pytorch_utils import Conv1D
+
+    canonical = {id(p): name for name, p in model.named_parameters()}
+    return {canonical[id(m.weight)] for m in model.modules() if isinstance(m, Conv1D)}
+
+
+def row_axis(name: str, transposed: set[str] | list[str]) -> int:
+    """The axis that counts the rows of a parameter: output units, embedded tokens."""
+    return 1 if name in transposed else 0
+
+
+_NUMBERED = re.compile(r"^(?:.*?\.)?\d+(?=\.)")
+
+
+def layer_of(name: str) -> str:
+    """The layer a parameter belongs to: its numbered block, or else the module two steps down.
+
+    ``bert.encoder.layer.3.output.dense.weight`` is in ``bert.encoder.layer.3``,
+    ``bert.embeddings.LayerNorm.bias`` in ``bert.embeddings``, ``shared.weight`` in ``shared``.
+    """
+    if match := _NUMBERED.match(name):
+        return match.group()
+    return ".".join(name.split(".")[:-1][:2]) or name
+
+
+def backbone_prefix(model: nn.Module) -> str:
+    """The prefix of the names inside the backbone, with its dot; empty where the model is the backbone itself."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return f"{prefix}." if prefix and hasattr(model, prefix) else ""
+
+
+def backbone(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The values whose names belong to the backbone, by their names without the prefix; heads and poolers left out."""
+    inside = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {name: value for name, value in inside.items() if not re.match(r"(pooler|lm_head|classifier|score)\.", name)}
+
+
+def find_difference(tensors: Mapping[str, Tensor], prefix: str, model: nn.Module) -> str | None:
+    """The first way in which tensors do not fit a model's backbone, as half a sentence, or None if they fit."""
+    ours = backbone(tensors, prefix)
+    theirs = backbone(dict(model.named_parameters()), backbone_prefix(model))
+    for name, parameter in theirs.items():
+        if name not in ours:
+            return f"it has nothing for the model's parameter '{name}'"
+        if ours[name].shape != parameter.shape:
+            return f"'{name}' has shape {tuple(ours[name].shape)} there but {tuple(parameter.shape)} in the model"
+    extra = next((name for name in ours if name not in theirs), None)
+    return f"the model has no parameter '{extra}'" if extra else None
+
+
+def align(tensors: Mapping[str, Tensor], prefix: str, model: nn.Module) -> dict[str, Tensor]:
+    """Tensors of the backbone under the model's own names, plus those of the head where names and shapes agree.
+
+    The tensors must fit (:func:`find_difference`).
+    """
+    ours, own_prefix = backbone(tensors, prefix), backbone_prefix(model)
+    result = {}
+    for name, parameter in model.named_parameters():
+        found = ours.get(name.removeprefix(own_prefix)) if name.startswith(own_prefix) else None
+        found = tensors.get(name) if found is None else found
+        if found is not None and found.shape == parameter.shape:
+            result[name] = found
+    return result
+
+
+@contextlib.contextmanager
+def measuring(model: nn.Module) -> Iterator[None]:
+    """Eval mode and no key-value cache for the length of a block; every flag is restored afterwards."""
+    training = {module: module.training for module in model.modules()}
+    required = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    config = getattr(model, "config", None)
+    use_cache = getattr(config, "use_cache", None)
+    try:
+        model.eval()
+        if use_cache:
+            config.use_cache = False  # pyright: ignore[reportOptionalMemberAccess]
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+        for parameter, flag in required.items():
+            parameter.requires_grad_(flag)
+        if use_cache:
+            config.use_cache = use_cache  # pyright: ignore[reportOptionalMemberAccess]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that the model's inputs must be on."""
+    return next(model.parameters()).device

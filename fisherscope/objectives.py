@@ -1,0 +1,149 @@
+r"""Per-example losses from logits.
+
+The loss of example :math:`n` is the sum of :math:`-\log p` over its scored tokens, kept apart from their number, so that it
+is divided once and explicitly. ``output.loss`` of a Hugging Face head is never used: it averages over the batch.
+
+Shape names: B examples in a batch, T tokens, L scored tokens of the example that has most, V vocabulary, C classes.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ._typing import Float, Int
+from .models import OBJECTIVES, device_of
+
+IGNORED = -100
+
+Batch = Mapping[str, Tensor]
+LossFunction = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class ExampleLosses:
+    """Losses of a batch, example by example.
+
+    Attributes:
+        total: Loss summed over the scored tokens of each example, in nats (squared units for regression).
+        count: Number of scored tokens; 1 where an example has one label.
+    """
+
+    total: Float[Tensor, "examples"]
+    count: Int[Tensor, "examples"]
+
+    @property
+    def mean(self) -> Float[Tensor, "examples"]:
+        """Loss per scored token; 0 for an example without any."""
+        return self.total / self.count.clamp(min=1)
+
+
+def example_losses(model: nn.Module, batch: Batch, objective: str | LossFunction) -> ExampleLosses:
+    r"""The loss of every example of a batch.
+
+    - ``mlm``, ``seq2seq-lm``: :math:`-\sum_t \log p(y_t)` over the tokens whose label is not -100.
+    - ``causal-lm``: the same with the labels one position later, as Hugging Face heads take them.
+    - ``classification``: :math:`-\log p(y)`; ``regression``: :math:`(f - y)^2`, a Gaussian with variance 1/2.
+    - a function ``(model, batch) -> losses of shape [B]``: what it returns.
+
+    Args:
+        model: A model with the head the objective needs.
+        batch: Model inputs and ``labels``, as a Hugging Face collator makes them; moved to the model's device.
+        objective: One of the five names, or a function.
+
+    Raises:
+        ValueError: If the objective is unknown, the batch has no labels, or the model returns no fitting logits.
+    """
+    batch = {name: value.to(device_of(model)) for name, value in batch.items()}
+    if callable(objective):
+        return _custom(objective(model, batch))
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}.")
+    if "labels" not in batch:
+        raise ValueError(f"The objective {objective} needs 'labels' in every batch, but it holds {sorted(batch)}.")
+    labels = batch.pop("labels")
+    if objective in ("classification", "regression"):
+        return _label_losses(_logits(model, batch), labels, objective)
+    if objective == "causal-lm":
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    if objective == "seq2seq-lm" and "decoder_input_ids" not in batch:
+        batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)  # pyright: ignore
+    return _token_losses(model, batch, labels)
+
+
+def scored_labels(batch: Batch, objective: str) -> Int[Tensor, "tokens"]:
+    """The labels that a language-model objective scores, in one row."""
+    labels = batch["labels"][:, 1:] if objective == "causal-lm" else batch["labels"]
+    return labels[labels != IGNORED]
+
+
+def is_language_model(objective: str | LossFunction) -> bool:
+    """Whether the loss is in nats per token of a vocabulary."""
+    return objective in ("mlm", "causal-lm", "seq2seq-lm")
+
+
+def _custom(losses: Tensor) -> ExampleLosses:
+    if losses.ndim != 1:
+        raise ValueError(f"A loss function must return one loss per example, shape [B]; got shape {list(losses.shape)}.")
+    return ExampleLosses(losses, torch.ones_like(losses, dtype=torch.long))
+
+
+def _label_losses(logits: Tensor, labels: Tensor, objective: str) -> ExampleLosses:
+    if logits.ndim != 2 or len(logits) != len(labels):
+        raise ValueError(
+            f"The objective {objective} needs logits of shape [{len(labels)}, classes], but the model returned "
+            f"{list(logits.shape)}; load it with this objective."
+        )
+    if objective == "regression":
+        losses = (logits.squeeze(-1) - labels.to(logits.dtype)).square()
+    else:
+        losses = F.cross_entropy(logits, labels, reduction="none")
+    return ExampleLosses(losses, torch.ones_like(labels, dtype=torch.long))
+
+
+def _token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> ExampleLosses:
+    scored = labels != IGNORED
+    count = scored.sum(1)
+    width = max(int(count.max()), 1)
+    positions = (~scored).int().argsort(dim=1, stable=True)[:, :width]  # [B, L], scored ones first
+    with _head_sees_only(model, positions):
+        logits = _logits(model, inputs)
+    if logits.shape[1] != width:
+        logits = _take(logits, positions)
+    losses = F.cross_entropy(
+        logits.flatten(0, 1), labels.gather(1, positions).flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return ExampleLosses(losses.view_as(positions).sum(1), count)
+
+
+def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    logits: Any = getattr(model(**inputs), "logits", None)
+    if logits is None:
+        raise ValueError(f"{type(model).__name__} returns no logits; load the model with a head for the objective.")
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+@contextlib.contextmanager
+def _head_sees_only(model: nn.Module, positions: Int[Tensor, "examples scored"]) -> Iterator[None]:
+    """Let only the given positions reach the vocabulary projection, by far the widest layer: exact, and much less work."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        yield
+        return
+
+    def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (_take(args[0], positions), *args[1:]) if args[0].ndim == 3 else args
+
+    handle = head.register_forward_pre_hook(select)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _take(values: Float[Tensor, "examples tokens width"], positions: Int[Tensor, "examples scored"]) -> Tensor:
+    return values.gather(1, positions[..., None].expand(-1, -1, values.shape[-1]))
