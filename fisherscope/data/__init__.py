@@ -1,0 +1,21 @@
+"""Text and task sources, and the deterministic tokenised batches made from them.
+
+``load_batches`` imports torch, so it is imported on first use; reading a source needs no torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .sources import OBJECTIVES, Source, read_source
+
+if TYPE_CHECKING:
+    from .encoding import Batches, load_batches
+
+__all__ = ["Batches", "load_batches", "OBJECTIVES", "Source", "read_source"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import encoding
+
+    return getattr(encoding, name)

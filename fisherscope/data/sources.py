@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ class Source:
     """Texts, and labels where there are any, in a fixed order.
 
     Attributes:
-        name: As recorded in provenance: ``"builtin:docs"``, a file's base name, ``"glue/mrpc:validation"``; never a path.
+        name: As recorded in provenance: ``"builtin:docs"``, a file's base name, ``"glue/mrpc:validation"``; no path.
         texts: One or two text columns per example.
         labels: Class ids or real values, one per example; None when the objective needs none.
         label_names: Names of the classes, by id, when the labels are classes.
@@ -77,19 +77,23 @@ def read_source(
 
             - ``builtin:docs`` (the held-out part) or ``builtin:docs/train``.
             - A file. ``.txt``: paragraphs between blank lines, or without any blank line one example per line.
-              ``.tsv``: tab separated with a header, quoting off. ``.csv``: quoting on, and tab separated if the header
-              holds tabs and no comma. ``.json``: a list of objects, or one object per line, as ``.jsonl``. ``.parquet``.
+              ``.tsv``: tab separated with a header, quoting off. ``.csv``: quoting on, and tab separated if the
+              header holds tabs and no comma. ``.json`` and ``.jsonl``: a list of objects, or one object per line.
+              ``.parquet``.
             - A folder made by ``save_to_disk``; one split of a ``DatasetDict`` is ``folder:split``.
-            - A data set of the Hub, ``name[/config][@revision][:split]``, split ``train`` by default. Two components are
-              tried as ``owner/name`` first and, if the Hub has no such data set, as ``name/config``; three are
-              ``owner/name/config``.
+            - A data set of the Hub, ``name[/config][@revision][:split]``, split ``train`` by default. Two
+              components are tried as ``owner/name`` first and, if the Hub has no such data set, as
+              ``name/config``; three are ``owner/name/config``.
         objective: One of :data:`OBJECTIVES`; decides whether labels are read.
-        text_columns: One or two column names; by default ``sentence1`` and ``sentence2``, else ``sentence``, else ``text``.
-        label_column: By default ``label``, else ``labels``, else for regression ``similarity``, ``score`` or ``sentiment``.
+        text_columns: One or two column names; by default ``sentence1`` and ``sentence2``, else ``sentence``, else
+            ``text``.
+        label_column: By default ``label``, else ``labels``, else for regression ``similarity``, ``score`` or
+            ``sentiment``.
         revision: Of a Hub data set whose name does not give one.
 
     Returns:
-        All examples, in stored order. Language-model objectives skip rows with a blank text.
+        All examples, in stored order. Language-model objectives skip rows with a blank text; messages count rows from
+        1 after the header.
 
     Raises:
         FileNotFoundError: If there is no such file or data set.
@@ -143,6 +147,9 @@ class _Table:
     def listing(self) -> str:
         return ", ".join(map(repr, self.columns))
 
+    def cell(self, column: str, row: int) -> str:
+        return f"row {row}, column {column!r} of {self.name}"
+
 
 def _text_columns(table: _Table, chosen: Sequence[str] | None) -> tuple[str, ...]:
     if chosen is None:
@@ -167,10 +174,9 @@ def _texts(table: _Table, columns: tuple[str, ...], *, skip_blank: bool) -> list
     for number, row in enumerate(rows, 1):
         for column, text in zip(columns, row, strict=True):
             if not isinstance(text, str | None):
-                kind = type(text).__name__
-                raise ValueError(f"Column {column!r} of {table.name} must hold text, but row {number} holds {kind} {text!r}.")
+                raise ValueError(f"{table.cell(column, number)} must hold text, but holds {text!r:.40}.")
             if _is_missing(text) and not skip_blank:
-                raise ValueError(f"Every example needs a text, but row {number} of {table.name} has none in column {column!r}.")
+                raise ValueError(f"Every example needs a text, but there is none in {table.cell(column, number)}.")
         if not any(map(_is_missing, row)):
             kept.append(row)
     if len(kept) < len(rows):
@@ -199,11 +205,9 @@ def _labels(table: _Table, column: str) -> list[Any]:
     labels = [label.strip() if isinstance(label, str) else label for label in table.columns[column][:]]
     for number, label in enumerate(labels, 1):
         if _is_missing(label):
-            raise ValueError(f"Every example needs a label, but row {number} of {table.name} has none in column {column!r}.")
+            raise ValueError(f"Every example needs a label, but there is none in {table.cell(column, number)}.")
         if not isinstance(label, str | int | float):
-            raise ValueError(
-                f"A label must be a name or a number, but row {number} of {table.name} holds {label!r} in column {column!r}."
-            )
+            raise ValueError(f"{table.cell(column, number)} must hold a name or a number, but holds {label!r:.40}.")
     return labels
 
 
@@ -213,10 +217,13 @@ def _classes(table: _Table, column: str) -> tuple[list[int], tuple[str, ...]]:
     where = f"column {column!r} of {table.name}"
     if all(isinstance(label, int) or _INTEGER.fullmatch(str(label)) for label in labels):
         ids = list(map(int, labels))
-        _refuse_unlabelled(ids, where)
+        if -1 in ids:
+            raise _unlabelled(where)
         return ids, table.class_names.get(column) or _class_ids_as_names(ids, where)
     if all(map(_is_number, labels)):
-        raise ValueError(f"Classes must be integers or names, but {where} holds numbers such as {labels[0]}; use regression.")
+        raise ValueError(
+            f"Classes are integers or names, but {where} holds numbers such as {labels[0]}; use regression."
+        )
     names = tuple(sorted(set(map(str, labels))))
     number = {name: i for i, name in enumerate(names)}
     return [number[str(label)] for label in labels], names
@@ -237,10 +244,18 @@ def _values(table: _Table, column: str) -> list[float]:
     labels = _labels(table, column)
     for number, label in enumerate(labels, 1):
         if not _is_number(label):
-            raise ValueError(
-                f"regression needs finite numbers, but row {number} of {table.name} holds {label!r} in column {column!r}."
-            )
-    return list(map(float, labels))
+            raise ValueError(f"{table.cell(column, number)} must hold a finite number, but holds {label!r:.40}.")
+    values = list(map(float, labels))
+    if set(values) == {-1.0}:
+        raise _unlabelled(f"column {column!r} of {table.name}")
+    return values
+
+
+def _unlabelled(where: str) -> ValueError:
+    return ValueError(
+        f"A label of -1 marks an unlabelled example, as in the test sets of GLUE, and {where} holds it; "
+        "use a labelled split."
+    )
 
 
 def _is_number(label: str | float) -> bool:
@@ -280,7 +295,7 @@ def _local(data: str | Path) -> tuple[Path | None, str | None]:
         return folder, split
     looks_local = isinstance(data, Path) or data.startswith((".", "/", "~"))
     if looks_local or path.suffix.lower() in _READERS or Path(stem).suffix.lower() in _READERS:
-        raise FileNotFoundError(f"There is no file or folder {data}.")
+        raise FileNotFoundError(f"There is no file or folder {data}; give one, a Hub name or builtin:docs.")
     return None, None
 
 
@@ -386,8 +401,8 @@ def _read_folder(folder: Path, split: str | None) -> _Table:
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
         if split is None and len(splits) == 1:
-            split = splits[0]
-        if split not in splits:
+            split = str(splits[0])
+        if split is None or split not in splits:
             raise ValueError(f"{name} holds the splits {', '.join(splits)}; choose one as {name}:{splits[0]}.")
         folder, name = folder / split, f"{name}:{split}"
     elif split is not None:
@@ -408,7 +423,7 @@ _HUB_NAME = re.compile(r"(?P<path>[^/@:]+(?:/[^/@:]+){0,2})(?:@(?P<revision>[^:]
 def _read_hub(data: str, revision: str | None) -> _Table:
     match = _HUB_NAME.fullmatch(data)
     if match is None:
-        raise ValueError(f"Data must be a file, a folder, or a Hub name such as name/config@revision:split; got {data!r}.")
+        raise ValueError(f"Data is a file, a folder, or a Hub name such as name/config@revision:split; got {data!r}.")
     revision, split = match["revision"] or revision, match["split"] or "train"
     dataset = _ask_hub(data, match["path"].split("/"), split, revision)
     at = f"@{revision}" if revision else ""
@@ -417,6 +432,7 @@ def _read_hub(data: str, revision: str | None) -> _Table:
 
 def _ask_hub(data: str, path: list[str], split: str, revision: str | None) -> "datasets.Dataset":
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     candidates = [("/".join(path[:2]), *path[2:])]
     if len(path) == 2:
@@ -424,20 +440,25 @@ def _ask_hub(data: str, path: list[str], split: str, revision: str | None) -> "d
     failures = []
     for repository, *config in candidates:
         if Path(repository).exists():  # load_dataset would silently take the local files instead
-            raise ValueError(f"{data!r} could be a Hub data set or the local {repository!r}; rename it or write ./{repository}.")
+            raise ValueError(
+                f"{data!r} could mean the Hub or the local {repository!r}; rename that, or write ./{repository}."
+            )
         try:
             return load_dataset(repository, *config, split=split, revision=revision)
         except (FileNotFoundError, ConnectionError) as error:  # ConnectionError also where offline and not in the cache
             failures.append(" ".join(str(error).split()))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:
             raise ValueError(f"{data!r} cannot be read from the Hub: {' '.join(str(error).split())}") from error
     raise FileNotFoundError(f"{data!r} is neither a file here nor a data set of the Hub: {'; '.join(failures)}")
 
 
 def _from_dataset(name: str, dataset: "datasets.Dataset") -> _Table:
-    class_names = {column: feature.names for column, feature in dataset.features.items() if hasattr(feature, "names")}
+    from datasets import ClassLabel
+
+    dataset = dataset.with_format(None)
+    classes = {column: feature.names for column, feature in dataset.features.items() if isinstance(feature, ClassLabel)}
     return _Table(
         name,
         {column: dataset[column] for column in dataset.column_names},
-        {column: tuple(names) for column, names in class_names.items()},
+        {column: tuple(names or ()) for column, names in classes.items()},
     )

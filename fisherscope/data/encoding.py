@@ -1,0 +1,304 @@
+"""Texts as models take them: tokenised, corrupted where the objective asks for it, and collated.
+
+Everything is encoded once. What an example becomes depends on its text, the tokenizer, the seed and its position in the
+source, and on nothing else: not on the batch it is served in nor on which other examples were chosen.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .corruption import IGNORED, corrupt_spans, example_generator, mask_tokens
+from .sources import LABELLED_OBJECTIVES, Source, check_objective, read_source
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_LENGTH = 128
+
+Example = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """A fixed list of encoded examples, served in padded batches; iterating again gives the same batches.
+
+    A batch holds ``input_ids``, ``attention_mask``, ``token_type_ids`` if the tokenizer makes them, and ``labels`` as
+    the heads of Hugging Face take them: of shape ``[B, tokens]``, -100 where not scored, or of shape ``[B]`` for
+    classification (int64) and regression (float32).
+
+    Attributes:
+        examples: Encoded and unpadded, in source order.
+        padding: What fills up each input on the right.
+        batch_size: Examples per batch; the last batch may be smaller.
+        objective: What the labels are for.
+        source: Name of the data, as :class:`Source` has it.
+        source_fingerprint: Fingerprint of all texts and labels of the source.
+        label_names: Names of the classes, by id.
+        settings: How the examples were made, for provenance; JSON-able.
+    """
+
+    examples: Sequence[Example] = field(repr=False)
+    padding: Mapping[str, int] = field(repr=False)
+    batch_size: int
+    objective: str
+    source: str
+    source_fingerprint: str
+    label_names: tuple[str, ...] | None
+    settings: dict[str, object] = field(repr=False)
+
+    def __post_init__(self) -> None:
+        _at_least(1, "batch_size", self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        for start in range(0, self.num_examples, self.batch_size):
+            rows = self.examples[start : start + self.batch_size]
+            yield {name: _stacked([row[name] for row in rows], self.padding.get(name, 0)) for name in rows[0]}
+
+    def __len__(self) -> int:
+        """Number of batches."""
+        return -(-self.num_examples // self.batch_size)
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples in all batches together."""
+        return len(self.examples)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of a SHA-256 over the encoded examples in order; the batch size does not enter."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            for name, array in sorted(example.items()):
+                digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
+                digest.update(array.tobytes())
+        return digest.hexdigest()[:16]
+
+    def with_batch_size(self, batch_size: int) -> "Batches":
+        """The same examples in batches of another size."""
+        return replace(self, batch_size=batch_size)
+
+
+def _stacked(rows: Sequence[np.ndarray], value: int) -> Tensor:
+    """Rows as one tensor, filled up on the right; at least one column, since models cannot run on none."""
+    if rows[0].ndim == 0:
+        return torch.from_numpy(np.stack(rows))
+    stacked = np.full((len(rows), max(1, *map(len, rows))), value, dtype=rows[0].dtype)
+    for target, row in zip(stacked, rows, strict=True):
+        target[: len(row)] = row
+    return torch.from_numpy(stacked)
+
+
+def load_batches(
+    data: str | Path | Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    objective: str,
+    num_examples: int | None = None,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    seed: int = 0,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
+    revision: str | None = None,
+) -> Batches:
+    """Read, tokenise and, for the denoising objectives, corrupt examples.
+
+    - ``mlm``: BERT's masking, 15 % of the tokens that are not special; two text columns are a sentence pair.
+    - ``causal-lm``: every token is a label, unshifted; two text columns are joined by a space.
+    - ``seq2seq-lm``: T5's span corruption of one text column; of two, the first is the input and the second the target.
+    - ``classification``, ``regression``: the text or sentence pair, and its label.
+
+    Args:
+        data: What :func:`read_source` takes, or a source that is read already.
+        tokenizer: The tokenizer of the model.
+        objective: One of the five names.
+        num_examples: How many examples to draw at random, kept in source order; None takes all. If there are
+            fewer, all are taken and a warning says so.
+        batch_size: Examples per batch; changes nothing else.
+        max_length: Tokens per example, special ones included; longer texts are cut. By default 128, or less if the
+            tokenizer allows less.
+        seed: Decides the choice of examples and, with an example's position in the source, its corruption.
+        text_columns: As for :func:`read_source`.
+        label_column: As for :func:`read_source`.
+        revision: As for :func:`read_source`.
+
+    Returns:
+        The encoded examples, in batches.
+
+    Raises:
+        FileNotFoundError: If there is no such file or data set.
+        ValueError: If an argument is out of range, the data cannot be read, or the tokenizer lacks a token that the
+            objective needs.
+    """
+    check_objective(objective)
+    _at_least(1, "batch_size", batch_size)
+    _at_least(0, "seed", seed)
+    max_length = _max_length(max_length, tokenizer)
+    if not isinstance(data, Source):
+        source = read_source(
+            data, objective=objective, text_columns=text_columns, label_column=label_column, revision=revision
+        )
+    elif text_columns or label_column or revision:
+        raise ValueError(f"{data.name} is read already; give text_columns, label_column and revision to read_source.")
+    else:
+        source = data
+    positions = _chosen(source, num_examples, seed)
+    examples = _encoded(source, positions, objective, _Encoder(tokenizer, max_length, seed))
+    return Batches(
+        examples,
+        _padding(tokenizer),
+        batch_size,
+        objective,
+        source.name,
+        source.fingerprint,
+        source.label_names if objective == "classification" else None,
+        {
+            "objective": objective,
+            "num_examples": len(examples),
+            "max_length": max_length,
+            "seed": seed,
+            "text_columns": source.text_columns and list(source.text_columns),
+            "label_column": source.label_column,
+        },
+    )
+
+
+def _at_least(minimum: int, name: str, value: int) -> None:
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}.")
+
+
+def _max_length(max_length: int | None, tokenizer: PreTrainedTokenizerBase) -> int:
+    longest = tokenizer.model_max_length
+    if max_length is None:
+        return min(DEFAULT_MAX_LENGTH, longest)
+    if max_length > longest:
+        raise ValueError(f"max_length must be at most {longest}, which is what the tokenizer allows; got {max_length}.")
+    return max_length
+
+
+def _chosen(source: Source, num_examples: int | None, seed: int) -> list[int]:
+    """Positions in the source; the choice for a small number is part of the choice for a larger one."""
+    available = len(source.texts)
+    if num_examples is None:
+        return list(range(available))
+    _at_least(1, "num_examples", num_examples)
+    if num_examples > available:
+        logger.warning("%s holds %d examples, %d were asked for; all are used.", source.name, available, num_examples)
+    return sorted(np.random.default_rng(seed).permutation(available)[:num_examples].tolist())
+
+
+def _encoded(source: Source, positions: Sequence[int], objective: str, encoder: "_Encoder") -> list[Example]:
+    texts = [source.texts[i] for i in positions]
+    if objective in LABELLED_OBJECTIVES:
+        labels = _labels(source, positions, objective)
+        return [example | {"labels": np.array(y)} for example, y in zip(encoder.plain(texts), labels, strict=True)]
+    if objective == "mlm":
+        return encoder.masked(texts, positions)
+    if objective == "causal-lm":
+        return encoder.causal(texts)
+    return encoder.translated(texts) if len(texts[0]) == 2 else encoder.span_corrupted(texts, positions)
+
+
+def _labels(source: Source, positions: Sequence[int], objective: str) -> np.ndarray:
+    if source.labels is None or (objective == "classification" and source.label_names is None):
+        raise ValueError(f"{objective} needs labels, but {source.name} was read without them; read it for {objective}.")
+    kind = np.int64 if objective == "classification" else np.float32
+    return np.array([source.labels[i] for i in positions], dtype=kind)
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """Turns texts, and their positions in the source where something is drawn, into encoded examples."""
+
+    tokenizer: Any  # a PreTrainedTokenizerBase, whose annotations allow token ids to be anything
+    max_length: int
+    seed: int
+
+    def plain(self, texts: Sequence[tuple[str, ...]]) -> list[Example]:
+        return self._tokenized(*(list(column) for column in zip(*texts, strict=True)))
+
+    def masked(self, texts: Sequence[tuple[str, ...]], positions: Sequence[int]) -> list[Example]:
+        mask_id = self.tokenizer.mask_token_id
+        if mask_id is None:
+            raise ValueError(
+                "mlm needs a tokenizer with a mask token, but this one has none; use causal-lm or seq2seq-lm."
+            )
+        settings = {"mask_id": mask_id, "special_ids": self._special_ids(), "vocabulary_size": len(self.tokenizer)}
+        examples = self.plain(texts)
+        for example, i in zip(examples, positions, strict=True):
+            tokens = example["input_ids"]
+            example["input_ids"], example["labels"] = mask_tokens(tokens, example_generator(self.seed, i), **settings)
+        return examples
+
+    def causal(self, texts: Sequence[tuple[str, ...]]) -> list[Example]:
+        examples = self._tokenized([" ".join(row) for row in texts])
+        return [_without_types(example) | {"labels": example["input_ids"]} for example in examples]
+
+    def translated(self, texts: Sequence[tuple[str, ...]]) -> list[Example]:
+        sources, targets = ([row[i] for row in texts] for i in (0, 1))
+        return [_without_types(example) for example in self._tokenized(sources, text_target=targets)]
+
+    def span_corrupted(self, texts: Sequence[tuple[str, ...]], positions: Sequence[int]) -> list[Example]:
+        sentinels, end = self._sentinels(), self.tokenizer.eos_token_id
+        if end is None:
+            raise ValueError("seq2seq-lm needs a tokenizer with an end-of-sequence token, but this one has none.")
+        shorter = replace(self, max_length=self.max_length - 1)
+        examples = []
+        for plain, i in zip(
+            shorter._tokenized([row[0] for row in texts], add_special_tokens=False), positions, strict=True
+        ):
+            pair = corrupt_spans(plain["input_ids"], example_generator(self.seed, i), sentinels=sentinels)
+            inputs, targets = (np.append(tokens, end) for tokens in pair)
+            examples.append({"input_ids": inputs, "attention_mask": np.ones_like(inputs), "labels": targets})
+        return examples
+
+    def _tokenized(self, *columns: list[str], **options: Any) -> list[Example]:
+        special = self.tokenizer.num_special_tokens_to_add(pair=len(columns) == 2)
+        if self.max_length <= special:
+            raise ValueError(
+                f"max_length must leave room for text beside {special} special tokens, got {self.max_length}."
+            )
+        encoded = self.tokenizer(
+            *columns, truncation=True, max_length=self.max_length, return_attention_mask=True, **options
+        )
+        return [{name: np.array(encoded[name][i], dtype=np.int64) for name in encoded} for i in range(len(columns[0]))]
+
+    def _special_ids(self) -> frozenset[int]:
+        """Also the special tokens that have no role of their own, such as the sentinels of T5."""
+        added = (i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special)
+        return frozenset(self.tokenizer.all_special_ids).union(added)
+
+    def _sentinels(self) -> list[int]:
+        vocabulary = self.tokenizer.get_vocab()
+        names = itertools.takewhile(vocabulary.__contains__, (f"<extra_id_{i}>" for i in itertools.count()))
+        sentinels = [vocabulary[name] for name in names]
+        if len(sentinels) < 2:
+            raise ValueError(
+                "seq2seq-lm of one text column needs the sentinels <extra_id_0>, <extra_id_1>, … of T5, but the tokenizer "
+                "has none; use a T5 tokenizer, or give an input and a target column with --text-columns."
+            )
+        return sentinels
+
+
+def _without_types(example: Example) -> Example:
+    """Decoders have no sentence pairs: T5 refuses the types, and GPT-2 would add a token's embedding for each."""
+    return {name: array for name, array in example.items() if name != "token_type_ids"}
+
+
+def _padding(tokenizer: Any) -> dict[str, int]:
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if pad is None:
+        raise ValueError("Batches need a tokenizer with a padding or end-of-sequence token, but this one has neither.")
+    return {"input_ids": pad, "token_type_ids": tokenizer.pad_token_type_id, "attention_mask": 0, "labels": IGNORED}

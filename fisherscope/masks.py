@@ -1,0 +1,328 @@
+"""Masks: sets of entries of a model, and the ways to choose them. ``True`` means selected."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from . import storage
+from ._typing import Bool
+from .models import align, backbone_prefix, describe, find_difference, layer_of, row_axis, transposed_parameters
+from .scores import FisherScores
+
+FORMAT = "fisherscope.mask"
+
+Within = Literal["model", "layer", "parameter"]
+Granularity = Literal["entry", "row", "parameter"]
+
+
+class MaskMismatch(ValueError):
+    """A mask belongs to another model, or two masks to different ones."""
+
+
+@dataclass(frozen=True, eq=False)
+class Mask(Mapping[str, Tensor]):
+    """A set of entries of a model.
+
+    Attributes:
+        tensors: Parameter name to a tensor of its shape, ``True`` where the entry is selected.
+        provenance: Where the mask came from.
+
+    Raises:
+        TypeError: If a tensor is not boolean.
+    """
+
+    tensors: Mapping[str, Bool[Tensor, "..."]]
+    provenance: storage.Provenance = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuse anything but booleans."""
+        for name, tensor in self.tensors.items():
+            if tensor.dtype != torch.bool:
+                raise TypeError(f"A mask holds boolean tensors, but '{name}' is {tensor.dtype}.")
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The selected entries of one parameter."""
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Parameter names."""
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        """Number of parameters, selected or not."""
+        return len(self.tensors)
+
+    def __repr__(self) -> str:
+        """One line for notebooks."""
+        return f"Mask({self.num_selected:,} of {self.num_entries:,} entries selected, {self.density:.2%})"
+
+    @property
+    def num_entries(self) -> int:
+        """Number of scalars covered."""
+        return sum(tensor.numel() for tensor in self.values())
+
+    @property
+    def num_selected(self) -> int:
+        """Number of scalars selected."""
+        return sum(int(tensor.sum()) for tensor in self.values())
+
+    @property
+    def density(self) -> float:
+        """Share of the entries that is selected."""
+        return self.num_selected / max(self.num_entries, 1)
+
+    def __invert__(self) -> "Mask":
+        """The entries that are not selected."""
+        return Mask({name: ~tensor for name, tensor in self.items()}, _derived("~", self))
+
+    def __and__(self, other: "Mask") -> "Mask":
+        """The entries selected by both."""
+        return _combine("&", torch.logical_and, self, other)
+
+    def __or__(self, other: "Mask") -> "Mask":
+        """The entries selected by either."""
+        return _combine("|", torch.logical_or, self, other)
+
+    def for_model(self, model: nn.Module) -> dict[str, Tensor]:
+        """The mask under the names of a model that has the same backbone, on the model's device.
+
+        Parameters of the model's head that the mask does not cover are missing from the result.
+
+        Raises:
+            MaskMismatch: If a backbone parameter is missing or differs in shape; names the first.
+        """
+        prefix = self.provenance.get("model", {}).get("prefix", backbone_prefix(model))
+        if difference := find_difference(self.tensors, prefix, model):
+            raise MaskMismatch(f"The mask was made for another model: {difference}.")
+        parameters = dict(model.named_parameters())
+        return {name: tensor.to(parameters[name].device) for name, tensor in align(self.tensors, prefix, model).items()}
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, complete or not at all: one bool tensor per parameter, provenance as JSON."""
+        header = {"format": FORMAT, "format_version": storage.FORMAT_VERSION, "provenance": dict(self.provenance)}
+        with storage.atomic(path) as temporary:
+            contents = {name: tensor.cpu().contiguous() for name, tensor in self.items()}
+            save_file(contents, temporary, metadata={"fisherscope": json.dumps(header, sort_keys=True)})
+
+    @staticmethod
+    def load(path: str | Path) -> "Mask":
+        """Read a file of :meth:`save`.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            WrongFile: If it holds something else, another version, or is damaged.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"There is no file {path}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {}).get("fisherscope", "{}"))
+                storage.check_header(path, FORMAT, header.get("format"), header.get("format_version"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise storage.WrongFile(f"{path} is not a safetensors file or was cut short; make it again.") from error
+        if wrong := next((name for name, tensor in tensors.items() if tensor.dtype != torch.bool), None):
+            raise storage.WrongFile(f"{path} has {tensors[wrong].dtype} values under '{wrong}', but masks are boolean.")
+        return Mask(tensors, header["provenance"])
+
+
+def _combine(symbol: str, operation: Callable[[Tensor, Tensor], Tensor], a: Mask, b: Mask) -> Mask:
+    different = set(a) ^ set(b) or {name for name in a if a[name].shape != b[name].shape}
+    if different:
+        raise MaskMismatch(
+            f"Masks cover different parameters: {len(different)} are in only one of them or differ in shape, for "
+            f"example '{min(different)}'; make both for the same model."
+        )
+    return Mask({name: operation(a[name], b[name]) for name in a}, _derived(symbol, a, b))
+
+
+def _derived(symbol: str, *masks: Mask) -> dict[str, Any]:
+    rules = [mask.provenance.get("rule", "?") for mask in masks]
+    rule = f"~({rules[0]})" if len(rules) == 1 else f"({rules[0]}) {symbol} ({rules[1]})"
+    return {**masks[0].provenance, "rule": rule}
+
+
+def top_fraction(
+    scores: FisherScores,
+    fraction: float,
+    *,
+    within: Within = "model",
+    granularity: Granularity = "entry",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Mask:
+    """Select the highest scores: exactly ``round(fraction * n)`` of the n units of every group.
+
+    Args:
+        scores: What to rank by.
+        fraction: Share of the units to select, in [0, 1].
+        within: The group: the whole ``"model"``, every ``"layer"``, or every ``"parameter"``.
+        granularity: The unit: a single ``"entry"``, a ``"row"`` (output unit or embedded token) or a whole
+            ``"parameter"``. Rows and parameters are ranked by the mean score of their entries. Ties are broken by position.
+        include: Shell patterns of parameter names to choose from; None means all.
+        exclude: Shell patterns of parameter names to leave out.
+
+    Raises:
+        ValueError: If ``fraction`` is outside [0, 1], an option is unknown, or a pattern matches no parameter.
+    """
+    chosen = _considered(scores, include, exclude)
+    transposed = scores.provenance.get("model", {}).get("transposed", [])
+    tensors = _select({name: scores[name] for name in chosen}, fraction, within, granularity, transposed)
+    rule = f"top {fraction:g} of {_plural(granularity)} within {within}"
+    return _finish(scores, tensors, _mask_provenance(scores, rule, include, exclude))
+
+
+def bottom_fraction(
+    scores: FisherScores,
+    fraction: float,
+    *,
+    within: Within = "model",
+    granularity: Granularity = "entry",
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Mask:
+    """Select the lowest scores: the complement, among the parameters considered, of ``top_fraction(scores, 1 - fraction)``.
+
+    Arguments and errors are those of :func:`top_fraction`.
+    """
+    _check_fraction(fraction)
+    top = top_fraction(scores, 1 - fraction, within=within, granularity=granularity, include=include, exclude=exclude)
+    tensors = {name: ~top[name] for name in _considered(scores, include, exclude)}
+    rule = f"bottom {fraction:g} of {_plural(granularity)} within {within}"
+    return _finish(scores, tensors, _mask_provenance(scores, rule, include, exclude))
+
+
+def random_fraction(
+    like: FisherScores | Mask | nn.Module,
+    fraction: float,
+    *,
+    seed: int,
+    granularity: Granularity = "entry",
+    stratify: Within | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+) -> Mask:
+    """Select at random: exactly ``round(fraction * n)`` of the n units of every group.
+
+    Args:
+        like: Scores, a mask or a model that names the parameters and their shapes.
+        fraction: Share of the units to select, in [0, 1].
+        seed: Of the draw; the same on every device.
+        granularity: The unit, as in :func:`top_fraction`.
+        stratify: ``"layer"`` or ``"parameter"`` selects the same share of each; None draws from the whole model.
+        include: Shell patterns of parameter names to choose from; None means all.
+        exclude: Shell patterns of parameter names to leave out.
+
+    Raises:
+        ValueError: As in :func:`top_fraction`.
+    """
+    if isinstance(like, nn.Module):
+        shapes: Mapping[str, Tensor] = dict(like.named_parameters())
+        transposed, origin = sorted(transposed_parameters(like)), {"model": describe(like)}
+    else:
+        shapes, origin = like, dict(like.provenance)
+        transposed = origin.get("model", {}).get("transposed", [])
+    names = _considered(shapes, include, exclude)
+    generator = torch.Generator().manual_seed(seed)
+    units = {
+        name: torch.rand(_unit_shape(shapes[name], granularity, row_axis(name, transposed)), generator=generator, dtype=torch.float64)
+        for name in names
+    }  # fmt: skip
+    drawn = {name: u.expand(shapes[name].shape) for name, u in units.items()}
+    tensors = _select(drawn, fraction, stratify or "model", granularity, transposed)
+    rule = f"random {fraction:g} of {_plural(granularity)} within {stratify or 'model'}, seed {seed}"
+    provenance = storage.provenance(model=origin.get("model", {}), rule=rule, include=include, exclude=exclude)
+    return _finish(shapes, tensors, provenance)
+
+
+def _finish(like: Mapping[str, Tensor], selected: Mapping[str, Tensor], provenance: dict[str, Any]) -> Mask:
+    """A mask over all parameters of ``like``; the ones not considered have nothing selected."""
+    empty = {name: torch.zeros(t.shape, dtype=torch.bool) for name, t in like.items() if name not in selected}
+    return Mask({name: selected[name] if name in selected else empty[name] for name in like}, provenance)
+
+
+def _mask_provenance(
+    scores: FisherScores, rule: str, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> dict[str, Any]:
+    facts = {key: scores.provenance.get(key) for key in ("data", "objective")}
+    return storage.provenance(
+        model=scores.provenance.get("model", {}), rule=rule, include=include, exclude=exclude,
+        scores={**facts, "num_examples": scores.num_examples, "estimator": scores.estimator, "unit": scores.unit},
+    )  # fmt: skip
+
+
+def _plural(granularity: str) -> str:
+    return {"entry": "entries"}.get(granularity, f"{granularity}s")
+
+
+def _considered(like: Mapping[str, Any], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:
+    for pattern in (*(include or ()), *(exclude or ())):
+        if not any(fnmatchcase(name, pattern) for name in like):
+            raise ValueError(f"The pattern {pattern!r} matches no parameter; they are named like {next(iter(like), '')!r}.")
+    kept = [name for name in like if not include or any(fnmatchcase(name, p) for p in include)]
+    return [name for name in kept if not any(fnmatchcase(name, p) for p in exclude or ())]
+
+
+def _check_fraction(fraction: float) -> None:
+    if not 0.0 <= fraction <= 1.0:
+        raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
+
+
+def _select(
+    scores: Mapping[str, Tensor], fraction: float, within: str, granularity: str, transposed: Sequence[str]
+) -> dict[str, Tensor]:
+    """The highest units of every group, spread over the entries of the unit."""
+    _check_fraction(fraction)
+    if within not in ("model", "layer", "parameter"):
+        raise ValueError(f"within must be 'model', 'layer' or 'parameter', got {within!r}.")
+    groups: dict[str, list[str]] = {}
+    for name in scores:
+        group = {"model": "", "layer": layer_of(name), "parameter": name}[within]
+        groups.setdefault(group, []).append(name)
+    selected: dict[str, Tensor] = {}
+    for names in groups.values():
+        units = {name: _unit_means(scores[name], granularity, row_axis(name, list(transposed))) for name in names}
+        flat = torch.cat([unit.flatten() for unit in units.values()])
+        pieces = _highest(flat, round(fraction * flat.numel())).split([unit.numel() for unit in units.values()])
+        for (name, unit), piece in zip(units.items(), pieces, strict=True):
+            selected[name] = piece.view(unit.shape).expand(scores[name].shape).clone()
+    return selected
+
+
+def _unit_means(scores: Tensor, granularity: str, axis: int) -> Tensor:
+    """Scores of the units, in a shape that broadcasts to the parameter."""
+    if granularity == "entry":
+        return scores
+    others = [a for a in range(scores.ndim) if granularity == "parameter" or a != axis]
+    _unit_shape(scores, granularity, axis)
+    return scores.mean(others, keepdim=True, dtype=torch.float64) if others else scores
+
+
+def _unit_shape(like: Tensor, granularity: str, axis: int) -> tuple[int, ...]:
+    if granularity == "entry":
+        return tuple(like.shape)
+    if granularity == "row":
+        return tuple(size if a == (axis if like.ndim > 1 else 0) else 1 for a, size in enumerate(like.shape))
+    if granularity == "parameter":
+        return (1,) * like.ndim
+    raise ValueError(f"granularity must be 'entry', 'row' or 'parameter', got {granularity!r}.")
+
+
+def _highest(values: Tensor, count: int) -> Bool[Tensor, "units"]:
+    """Mark exactly ``count`` values, the highest ones, earlier positions first among equals; linear time."""
+    if count == 0:
+        return torch.zeros_like(values, dtype=torch.bool)
+    threshold = values.kthvalue(values.numel() - count + 1).values
+    selected = values > threshold
+    equal = (values == threshold).nonzero().squeeze(1)
+    selected[equal[: count - int(selected.sum())]] = True
+    return selected
