@@ -46,7 +46,11 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'fisherscope' has no attribute {name!r}")
     home = _HOME[name]
-    return getattr(importlib.import_module(home, __name__), name) if home else importlib.import_module(f".{name}", __name__)
+    return (
+        getattr(importlib.import_module(home, __name__), name)
+        if home
+        else importlib.import_module(f".{name}", __name__)
+    )
 
 
 def __dir__() -> list[str]:

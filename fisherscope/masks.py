@@ -1,6 +1,7 @@
 """Masks: sets of entries of a model, and the ways to choose them. ``True`` means selected."""
 
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -14,8 +15,19 @@ from torch import Tensor, nn
 
 from . import storage
 from ._typing import Bool
-from .models import align, backbone_prefix, describe, find_difference, layer_of, row_axis, transposed_parameters
+from .models import (
+    align,
+    backbone_prefix,
+    describe,
+    find_difference,
+    layer_of,
+    row_axis,
+    transposed_parameters,
+    weights_fingerprint,
+)
 from .scores import FisherScores
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "fisherscope.mask"
 
@@ -91,17 +103,24 @@ class Mask(Mapping[str, Tensor]):
         """The entries selected by either."""
         return _combine("|", torch.logical_or, self, other)
 
-    def for_model(self, model: nn.Module) -> dict[str, Tensor]:
+    def for_model(self, model: nn.Module, *, strict: bool = False) -> dict[str, Tensor]:
         """The mask under the names of a model that has the same backbone, on the model's device.
 
-        Parameters of the model's head that the mask does not cover are missing from the result.
+        Parameters of the model's head that the mask does not cover are missing from the result. A backbone with
+        other weights gets a warning, or an error if ``strict``.
 
         Raises:
             MaskMismatch: If a backbone parameter is missing or differs in shape; names the first.
         """
-        prefix = self.provenance.get("model", {}).get("prefix", backbone_prefix(model))
+        origin = self.provenance.get("model", {})
+        prefix = origin.get("prefix", backbone_prefix(model))
         if difference := find_difference(self.tensors, prefix, model):
             raise MaskMismatch(f"The mask was made for another model: {difference}.")
+        if origin and origin["backbone_fingerprint"] != weights_fingerprint(model, backbone_only=True):
+            message = f"The mask was made for other weights ({origin['name']}) of the same architecture."
+            if strict:
+                raise MaskMismatch(message)
+            logger.warning(message)
         parameters = dict(model.named_parameters())
         return {name: tensor.to(parameters[name].device) for name, tensor in align(self.tensors, prefix, model).items()}
 
@@ -167,7 +186,8 @@ def top_fraction(
         fraction: Share of the units to select, in [0, 1].
         within: The group: the whole ``"model"``, every ``"layer"``, or every ``"parameter"``.
         granularity: The unit: a single ``"entry"``, a ``"row"`` (output unit or embedded token) or a whole
-            ``"parameter"``. Rows and parameters are ranked by the mean score of their entries. Ties are broken by position.
+            ``"parameter"``. Rows and parameters are ranked by the mean score of their entries. Ties are broken by
+            position.
         include: Shell patterns of parameter names to choose from; None means all.
         exclude: Shell patterns of parameter names to leave out.
 
@@ -190,7 +210,7 @@ def bottom_fraction(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
 ) -> Mask:
-    """Select the lowest scores: the complement, among the parameters considered, of ``top_fraction(scores, 1 - fraction)``.
+    """Select the lowest scores: the complement of ``top_fraction(scores, 1 - fraction)`` among those considered.
 
     Arguments and errors are those of :func:`top_fraction`.
     """
@@ -234,9 +254,11 @@ def random_fraction(
     names = _considered(shapes, include, exclude)
     generator = torch.Generator().manual_seed(seed)
     units = {
-        name: torch.rand(_unit_shape(shapes[name], granularity, row_axis(name, transposed)), generator=generator, dtype=torch.float64)
+        name: torch.rand(
+            _unit_shape(shapes[name], granularity, row_axis(name, transposed)), generator=generator, dtype=torch.float64
+        )
         for name in names
-    }  # fmt: skip
+    }
     drawn = {name: u.expand(shapes[name].shape) for name, u in units.items()}
     tensors = _select(drawn, fraction, stratify or "model", granularity, transposed)
     rule = f"random {fraction:g} of {_plural(granularity)} within {stratify or 'model'}, seed {seed}"
@@ -255,9 +277,12 @@ def _mask_provenance(
 ) -> dict[str, Any]:
     facts = {key: scores.provenance.get(key) for key in ("data", "objective")}
     return storage.provenance(
-        model=scores.provenance.get("model", {}), rule=rule, include=include, exclude=exclude,
+        model=scores.provenance.get("model", {}),
+        rule=rule,
+        include=include,
+        exclude=exclude,
         scores={**facts, "num_examples": scores.num_examples, "estimator": scores.estimator, "unit": scores.unit},
-    )  # fmt: skip
+    )
 
 
 def _plural(granularity: str) -> str:
@@ -267,7 +292,9 @@ def _plural(granularity: str) -> str:
 def _considered(like: Mapping[str, Any], include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:
     for pattern in (*(include or ()), *(exclude or ())):
         if not any(fnmatchcase(name, pattern) for name in like):
-            raise ValueError(f"The pattern {pattern!r} matches no parameter; they are named like {next(iter(like), '')!r}.")
+            raise ValueError(
+                f"The pattern {pattern!r} matches no parameter; they are named like {next(iter(like), '')!r}."
+            )
     kept = [name for name in like if not include or any(fnmatchcase(name, p) for p in include)]
     return [name for name in kept if not any(fnmatchcase(name, p) for p in exclude or ())]
 

@@ -64,12 +64,10 @@ def load_model(
     import transformers
 
     path = _resolve(str(name))
-    try:
+    with _one_sentence(str(name)):
         config = transformers.AutoConfig.from_pretrained(path, revision=revision)
-        objective = _known(objective) if objective else _saved_objective(config, str(name))
-        if objective == "regression":
-            num_labels = 1
-        labels = {} if num_labels is None else {"num_labels": num_labels}
+        objective = _known(objective) if objective else _objective_of_config(config, str(name))
+        labels = _head_size(config, objective, num_labels, str(name))
         auto_class = getattr(transformers, _AUTO_CLASSES[objective])
         with torch.random.fork_rng(devices=[]), _quiet_loading(transformers):
             torch.manual_seed(seed)
@@ -77,17 +75,21 @@ def load_model(
                 path, revision=revision, dtype=dtype, output_loading_info=True, **labels
             )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision)
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"Cannot load the model {str(name)!r}: {reason}") from error
-    if model.config.pad_token_id is None:  # GPT-2's classification head asks for it; padding is masked, so any id will do
-        model.config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    if (
+        model.config.pad_token_id is None
+    ):  # GPT-2's classification head asks for it; padding is masked, so any id will do
+        model.config.pad_token_id = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
     new = sorted(set(report["missing_keys"]) & set(dict(model.named_parameters())))
     if new:
         logger.warning(
             "%s has no weights for %d parameters, for example '%s'; they are drawn at random from seed %d.",
-            name, len(new), new[0], seed,
-        )  # fmt: skip
+            name,
+            len(new),
+            new[0],
+            seed,
+        )
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.eval().to(device)
     revision = getattr(config, "_commit_hash", None) or revision
@@ -96,13 +98,28 @@ def load_model(
     return model, tokenizer
 
 
+def _head_size(config: Any, objective: str, num_labels: int | None, name: str) -> dict[str, int]:
+    wanted = 1 if objective == "regression" else num_labels
+    if wanted is None or objective not in ("classification", "regression"):
+        return {}
+    saved = _objective_of_class((config.architectures or [""])[0], config)
+    if saved in ("classification", "regression") and config.num_labels != wanted:
+        raise ValueError(
+            f"The checkpoint {name!r} has a head with {config.num_labels} outputs, but {wanted} are needed; take a "
+            "checkpoint of the backbone, or data with as many labels."
+        )
+    return {"num_labels": wanted}
+
+
 def _resolve(name: str) -> str:
     if not name.startswith("builtin:"):
         return name
     folder = Path(str(resources.files("fisherscope.builtin"))) / name.removeprefix("builtin:")
     if not (folder / "config.json").is_file():
         known = sorted(p.parent.name for p in folder.parent.glob("*/config.json"))
-        raise FileNotFoundError(f"There is no built-in model {name!r}; there are {', '.join(f'builtin:{k}' for k in known)}.")
+        raise FileNotFoundError(
+            f"There is no built-in model {name!r}; there are {', '.join(f'builtin:{k}' for k in known)}."
+        )
     return str(folder)
 
 
@@ -127,7 +144,31 @@ def _quiet_loading(transformers: Any) -> Iterator[None]:
             transformers.utils.logging.enable_progress_bar()
 
 
-def _saved_objective(config: Any, name: str) -> str:
+def saved_objective(name: str | Path, *, revision: str | None = None) -> str:
+    """The objective of the head that a checkpoint was saved with; reads its configuration only.
+
+    Raises:
+        ValueError: If it was saved without a head that fisherscope knows.
+        FileNotFoundError: If there is no such model.
+    """
+    from transformers import AutoConfig
+
+    with _one_sentence(str(name)):
+        config = AutoConfig.from_pretrained(_resolve(str(name)), revision=revision)
+    return _objective_of_config(config, str(name))
+
+
+@contextlib.contextmanager
+def _one_sentence(name: str) -> Iterator[None]:
+    """Turn the paragraphs that transformers raises when a model cannot be had into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"Cannot load the model {name!r}: {reason}") from error
+
+
+def _objective_of_config(config: Any, name: str) -> str:
     objective = _objective_of_class((config.architectures or [""])[0], config)
     if objective is None:
         raise ValueError(
@@ -171,20 +212,28 @@ def _objective_of_class(class_name: str, config: Any) -> str | None:
 def describe(model: nn.Module) -> dict[str, Any]:
     """What provenance says of a model: name, revision, class, weight fingerprint, and how its parameters are named."""
     config = getattr(model, "config", None)
-    fallback = {"name": Path(getattr(config, "_name_or_path", "") or "unnamed").name, "revision": None, "new_parameters": []}
+    fallback = {
+        "name": Path(getattr(config, "_name_or_path", "") or "unnamed").name,
+        "revision": None,
+        "new_parameters": [],
+    }
     return {
         **_loaded.get(model, fallback),
         "class": type(model).__name__,
         "fingerprint": weights_fingerprint(model),
+        "backbone_fingerprint": weights_fingerprint(model, backbone_only=True),
         "prefix": backbone_prefix(model),
         "transposed": sorted(transposed_parameters(model)),
     }
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """SHA-256 over the names, shapes and float32 values of all parameters, 16 hexadecimal digits."""
+def weights_fingerprint(model: nn.Module, *, backbone_only: bool = False) -> str:
+    """SHA-256 over names, shapes and float32 values of all parameters, or of the backbone's; 16 hexadecimal digits."""
+    parameters = dict(model.named_parameters())
+    if backbone_only:
+        parameters = backbone(parameters, backbone_prefix(model))
     parts: list[bytes | str] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in parameters.items():
         parts += [f"{name}{tuple(parameter.shape)}", parameter.detach().float().cpu().numpy().tobytes()]
     return digest(*parts)
 

@@ -1,7 +1,8 @@
 r"""Per-example losses from logits.
 
-The loss of example :math:`n` is the sum of :math:`-\log p` over its scored tokens, kept apart from their number, so that it
-is divided once and explicitly. ``output.loss`` of a Hugging Face head is never used: it averages over the batch.
+The loss of example :math:`n` is the sum of :math:`-\log p` over its scored tokens, kept apart from their number, so
+that it is divided once and explicitly. ``output.loss`` of a Hugging Face head is never used: it averages over the
+batch.
 
 Shape names: B examples in a batch, T tokens, L scored tokens of the example that has most, V vocabulary, C classes.
 """
@@ -88,7 +89,9 @@ def is_language_model(objective: str | LossFunction) -> bool:
 
 def _custom(losses: Tensor) -> ExampleLosses:
     if losses.ndim != 1:
-        raise ValueError(f"A loss function must return one loss per example, shape [B]; got shape {list(losses.shape)}.")
+        raise ValueError(
+            f"A loss function must return one loss per example, shape [B]; got shape {list(losses.shape)}."
+        )
     return ExampleLosses(losses, torch.ones_like(losses, dtype=torch.long))
 
 
@@ -129,7 +132,7 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 @contextlib.contextmanager
 def _head_sees_only(model: nn.Module, positions: Int[Tensor, "examples scored"]) -> Iterator[None]:
-    """Let only the given positions reach the vocabulary projection, by far the widest layer: exact, and much less work."""
+    """Let only the given positions reach the vocabulary projection, the widest layer: exact, and much less work."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
         yield

@@ -85,6 +85,14 @@ class FisherScores(Mapping[str, Tensor]):
         """Number of scalars scored."""
         return sum(score.numel() for score in self.values())
 
+    def share_holding(self, share: float) -> float:
+        """The smallest share of the entries that together hold ``share`` of the summed scores; NaN if all are 0."""
+        flat = torch.cat([score.flatten() for score in self.values()]).sort(descending=True).values
+        held = flat.cumsum(0, dtype=torch.float64)
+        if not held[-1]:
+            return float("nan")
+        return (int(torch.searchsorted(held, share * held[-1])) + 1) / len(flat)
+
     @property
     def new_parameters(self) -> list[str]:
         """Parameters that the checkpoint lacked and that were drawn at random."""
@@ -105,15 +113,16 @@ class FisherScores(Mapping[str, Tensor]):
             ValueError: If a score in it is negative or not finite.
         """
         with storage.open_hdf5(path, FORMAT) as file:
-            num_examples = int(file.attrs["num_examples"])
-            divisor = num_examples if "progress" in file.attrs else 1
+            facts = storage.attributes(file)
+            num_examples = int(facts["num_examples"])
+            divisor = num_examples if "progress" in facts else 1
             return FisherScores(
                 {name: tensor / divisor for name, tensor in read_tensors(file).items()},
                 num_examples,
-                file.attrs["estimator"],
-                file.attrs["unit"],
-                file.attrs["reduction"],
-                json.loads(file.attrs["provenance"]),
+                facts["estimator"],
+                facts["unit"],
+                facts["reduction"],
+                json.loads(facts["provenance"]),
             )
 
 
@@ -159,6 +168,8 @@ def read_tensors(file: h5py.File) -> dict[str, Tensor]:
     for name, dataset in group.items():
         values = np.asarray(dataset[()])
         if values.dtype not in (np.float32, np.float64):
-            raise storage.WrongFile(f"{file.filename} has {values.dtype} values under '{name}', but scores are float32.")
+            raise storage.WrongFile(
+                f"{file.filename} has {values.dtype} values under '{name}', but scores are float32."
+            )
         tensors[name] = torch.from_numpy(values)
     return tensors

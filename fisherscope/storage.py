@@ -91,6 +91,11 @@ def write_header(file: "h5py.File", format_name: str, provenance: Provenance) ->
     file.attrs["provenance"] = json.dumps(dict(provenance), sort_keys=True)
 
 
+def attributes(item: Any) -> dict[str, Any]:
+    """The attributes of an open file or data set as plain values."""
+    return dict(item.attrs)
+
+
 @contextlib.contextmanager
 def open_hdf5(path: str | Path, format_name: str) -> Iterator["h5py.File"]:
     """Open one of our HDF5 files for reading.

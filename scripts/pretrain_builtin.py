@@ -20,7 +20,14 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.utils.data import Dataset
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from fisherscope.builtin import docs
@@ -30,6 +37,7 @@ logger = logging.getLogger("pretrain")
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>", *(f"<extra_id_{i}>" for i in range(100))]
 MAX_LENGTH = 128
+WINDOW_LENGTHS = (32, 64, 128)
 DOCS_SHARE = 0.3
 SNAPSHOT_STEPS = (0, 32, 128, 512, 2048, 4096, 8192)
 
@@ -57,30 +65,49 @@ def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         model_max_length=MAX_LENGTH,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]",
-    )  # fmt: skip
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
 
 
 class MaskedWindows(Dataset):
-    """Item i is a random window of the text, masked: a function of (seed, i) alone, so a resumed run sees the same."""
+    """Item i is a random window of the text, masked: a function of (seed, i) alone, so a resumed run sees the same.
 
-    def __init__(self, streams: list[np.ndarray], shares: list[float], tokenizer: PreTrainedTokenizerFast, length: int, seed: int):
-        self.streams, self.shares, self.tokenizer, self.length, self.seed = streams, shares, tokenizer, length, seed
+    All windows of a batch have one length. The short ones make attention to neighbours worth learning early, which
+    shortens the plateau at the unigram entropy.
+    """
+
+    def __init__(
+        self,
+        streams: list[np.ndarray],
+        shares: list[float],
+        tokenizer: PreTrainedTokenizerFast,
+        settings: TrainingArguments,
+    ):
+        self.streams, self.shares, self.tokenizer, self.seed = streams, shares, tokenizer, settings.seed
+        self.batch_size, self.steps = settings.per_device_train_batch_size, settings.max_steps
         self.special_ids = frozenset(tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS))
 
     def __len__(self) -> int:
-        return self.length
+        return self.batch_size * self.steps
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        length = example_generator(self.seed + 1, index // self.batch_size).choice(WINDOW_LENGTHS) - 2
         generator = example_generator(self.seed, index)
         stream = self.streams[generator.choice(len(self.streams), p=self.shares)]
-        start = generator.integers(len(stream) - (MAX_LENGTH - 2))
-        window = stream[start : start + MAX_LENGTH - 2]
+        start = generator.integers(len(stream) - length)
+        window = stream[start : start + length]
         tokens = np.concatenate([[self.tokenizer.cls_token_id], window, [self.tokenizer.sep_token_id]])
         corrupted, labels = mask_tokens(
-            tokens, generator, mask_id=self.tokenizer.mask_token_id, special_ids=self.special_ids,
+            tokens,
+            generator,
+            mask_id=self.tokenizer.mask_token_id,
+            special_ids=self.special_ids,
             vocabulary_size=len(self.tokenizer),
-        )  # fmt: skip
+        )
         return {"input_ids": torch.from_numpy(corrupted), "labels": torch.from_numpy(labels)}
 
 
@@ -110,7 +137,12 @@ class Snapshots(TrainerCallback):
 
     def on_log(self, args, state, control, logs, **_):
         if "loss" in logs:
-            row = {"step": state.global_step, "loss": logs["loss"], "learning_rate": logs["learning_rate"], "seconds": time.time() - self.started}
+            row = {
+                "step": state.global_step,
+                "loss": logs["loss"],
+                "learning_rate": logs["learning_rate"],
+                "seconds": time.time() - self.started,
+            }
             with open(self.folder / "loss.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
 
@@ -122,6 +154,18 @@ def save_half(model: BertForMaskedLM, folder: Path) -> None:
     copy.half().save_pretrained(folder)
 
 
+@torch.no_grad()
+def start_from_sinusoids(positions: torch.Tensor) -> None:
+    """Begin the learned positions at sinusoids (Vaswani et al., arXiv 1706.03762) of the same variance.
+
+    Nearby positions then begin alike, and attention to neighbours is learned several times sooner.
+    """
+    length, width = positions.shape
+    rates = torch.exp(-torch.arange(0, width, 2) / width * np.log(10000.0))
+    angles = torch.arange(length)[:, None] * rates
+    positions.copy_(torch.cat([angles.sin(), angles.cos()], dim=1) * positions.std() * 2**0.5)
+
+
 def train(args: argparse.Namespace) -> None:
     set_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -130,40 +174,75 @@ def train(args: argparse.Namespace) -> None:
     if (args.out / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
     else:  # documentation counts as much as the books, as in training
-        repeats = max(1, round(DOCS_SHARE / (1 - DOCS_SHARE) * sum(map(len, paragraphs)) / sum(map(len, documentation))))
+        repeats = max(
+            1, round(DOCS_SHARE / (1 - DOCS_SHARE) * sum(map(len, paragraphs)) / sum(map(len, documentation)))
+        )
         tokenizer = train_tokenizer(documentation * repeats + paragraphs, args.vocabulary)
         tokenizer.save_pretrained(args.out)
     streams = [
         np.concatenate([np.array(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
-        for texts in (documentation, paragraphs) if texts
-    ]  # fmt: skip
+        for texts in (documentation, paragraphs)
+        if texts
+    ]
     shares = [DOCS_SHARE, 1 - DOCS_SHARE] if paragraphs else [1.0]
     logger.info("training text: %s tokens, drawn with shares %s", [len(s) for s in streams], shares)
 
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
-        max_position_embeddings=MAX_LENGTH, pad_token_id=tokenizer.pad_token_id,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        max_position_embeddings=MAX_LENGTH,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=args.init,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     model = BertForMaskedLM(config)
+    start_from_sinusoids(model.bert.embeddings.position_embeddings.weight)
     decay = args.steps // 5
     settings = TrainingArguments(
-        output_dir=str(args.out / "trainer"), max_steps=args.steps, per_device_train_batch_size=args.batch_size,
-        learning_rate=args.learning_rate, weight_decay=0.01, adam_beta2=0.98, warmup_steps=args.warmup,
-        lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": decay, "decay_type": "linear"},
-        bf16=args.bf16, use_cpu=not torch.cuda.is_available(), train_sampling_strategy="sequential", logging_steps=50, save_steps=200,
-        save_total_limit=2, seed=args.seed, data_seed=args.seed, report_to="none", disable_tqdm=True, remove_unused_columns=False,
-    )  # fmt: skip
-    windows = MaskedWindows(streams, shares, tokenizer, args.steps * args.batch_size, args.seed)
+        output_dir=str(args.out / "trainer"),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        warmup_steps=args.warmup,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": decay, "decay_type": "linear"},
+        bf16=args.bf16,
+        use_cpu=not torch.cuda.is_available(),
+        train_sampling_strategy="sequential",
+        logging_steps=50,
+        save_steps=200,
+        save_total_limit=2,
+        seed=args.seed,
+        data_seed=args.seed,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+    )
+    windows = MaskedWindows(streams, shares, tokenizer, settings)
     trainer = MaskedLMTrainer(model, settings, train_dataset=windows, callbacks=[Snapshots(args.out)])
     checkpoint = get_last_checkpoint(settings.output_dir) if Path(settings.output_dir).exists() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     run = {
-        "model": args.model, "steps": args.steps, "batch_size": args.batch_size, "length": MAX_LENGTH, "seed": args.seed,
-        "learning_rate": args.learning_rate, "bf16": args.bf16, "torch": torch.__version__, "python": platform.python_version(),
-        "docs_fingerprint": docs.fingerprint("train"), "text_tokens": [len(s) for s in streams], "shares": shares,
+        "model": args.model,
+        "steps": args.steps,
+        "batch_size": args.batch_size,
+        "lengths": WINDOW_LENGTHS,
+        "seed": args.seed,
+        "learning_rate": args.learning_rate,
+        "bf16": args.bf16,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "docs_fingerprint": docs.fingerprint("train"),
+        "text_tokens": [len(s) for s in streams],
+        "shares": shares,
         "texts": [path.name for path in args.text],
-    }  # fmt: skip
+    }
     (args.out / "run.json").write_text(json.dumps(run, indent=1))
 
 
@@ -175,10 +254,11 @@ def main() -> None:
     training.add_argument("--model", choices=["bert"], default="bert")
     training.add_argument("--text", type=Path, action="append", default=[], help="text file or folder; may be repeated")
     training.add_argument("--out", type=Path, required=True)
-    training.add_argument("--steps", type=int, default=14000)
-    training.add_argument("--batch-size", type=int, default=32)
+    training.add_argument("--steps", type=int, default=16000)
+    training.add_argument("--batch-size", type=int, default=64)
     training.add_argument("--learning-rate", type=float, default=1.5e-3)
-    training.add_argument("--warmup", type=int, default=400)
+    training.add_argument("--init", type=float, default=0.05)
+    training.add_argument("--warmup", type=int, default=300)
     training.add_argument("--vocabulary", type=int, default=4096)
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--bf16", action="store_true")

@@ -44,7 +44,7 @@ def passages(part: Part = "held-out") -> tuple[Passage, ...]:
     """The passages of one part, in order of module name.
 
     A module belongs to the held-out part when the SHA-256 of its name, modulo 100, is below 25; a
-    paragraph that occurs in several modules counts for the first one only, so that the parts share no text.
+    sentence that occurs several times counts once, for the first module, so that the parts share no text.
 
     Args:
         part: ``"held-out"`` for what the built-in models never saw, ``"train"`` for the rest.
@@ -85,7 +85,7 @@ def _all_passages() -> tuple[Passage, ...]:
     seen: set[str] = set()
     found = []
     for source, text in _documents(library):
-        fresh = [p for p in _paragraphs(text) if p not in seen]
+        fresh = [s for s in dict.fromkeys(_sentences(text)) if s not in seen]
         seen.update(fresh)
         found += [Passage(chunk, source) for chunk in _pack(fresh)]
     return tuple(found)
@@ -132,7 +132,9 @@ _FIELD = re.compile(r":\w+(?:\s+[^:\n]+)?:\s*(?=\S)")
 _ROLE = re.compile(r":[\w:]+:`~?([^`<]*?)(?:\s*<[^>`]*>)?`")
 _MARKUP = re.compile(r"`|(?<!\w)(\*{1,2}|\|)(?=\w)|(?<=\w)(\*{1,2}|\|)(?!\w)")
 _ITEM = re.compile(r"^([-*]|\[\d+\]|\d+[.)])\s+")
-_ASCII = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u2026": "..."})
+_ASCII = str.maketrans(
+    {"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2014": "-", "\u2026": "..."}
+)
 _SENTENCE_END = re.compile(r"""[.!?:]["')\]]*$""")
 _WORD = re.compile(r"[A-Za-z]+")
 
@@ -160,11 +162,16 @@ def _is_prose(text: str) -> bool:
     )
 
 
-def _pack(paragraphs: list[str]) -> Iterator[str]:
-    """Whole sentences of one module joined into passages of at most ``WORDS_PER_PASSAGE`` words."""
+def _sentences(text: str) -> Iterator[str]:
+    for paragraph in _paragraphs(text):
+        yield from re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(])", paragraph)
+
+
+def _pack(sentences: list[str]) -> Iterator[str]:
+    """Whole sentences of one module joined into passages of about ``WORDS_PER_PASSAGE`` words at most."""
     chunk: list[str] = []
     words = 0
-    for sentence in (s for p in paragraphs for s in re.split(r"(?<=[.!?])\s+(?=[A-Z\"'(])", p)):
+    for sentence in sentences:
         length = len(sentence.split())
         if chunk and words + length > WORDS_PER_PASSAGE:
             yield " ".join(chunk)

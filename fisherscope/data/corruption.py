@@ -35,12 +35,12 @@ def mask_tokens(
         The corrupted tokens, and the labels: the original token where chosen, -100 elsewhere. A short
         sequence may end up with no label at all.
     """
-    special = sorted(special_ids)
+    special = np.array(sorted(special_ids), dtype=int)
     ordinary = ~np.isin(tokens, special)
     chosen = ordinary & (generator.random(len(tokens)) < probability)
     fate = generator.random(len(tokens))
-    substitutes = np.setdiff1d(np.arange(vocabulary_size), special)
-    random_tokens = substitutes[generator.integers(len(substitutes), size=len(tokens))]
+    drawn = generator.integers(vocabulary_size - len(special), size=len(tokens))
+    random_tokens = drawn + np.searchsorted(special - np.arange(len(special)), drawn, side="right")  # steps over special
     corrupted = np.where(chosen & (fate < 0.8), mask_id, tokens)
     corrupted = np.where(chosen & (fate >= 0.9), random_tokens, corrupted)
     return corrupted, np.where(chosen, tokens, IGNORED)

@@ -9,7 +9,7 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,17 +48,20 @@ class Batches:
         settings: How the examples were made, for provenance; JSON-able.
     """
 
-    examples: Sequence[Example] = field(repr=False)
-    padding: Mapping[str, int] = field(repr=False)
+    examples: Sequence[Example]
+    padding: Mapping[str, int]
     batch_size: int
     objective: str
     source: str
     source_fingerprint: str
     label_names: tuple[str, ...] | None
-    settings: dict[str, object] = field(repr=False)
+    settings: dict[str, object]
 
     def __post_init__(self) -> None:
         _at_least(1, "batch_size", self.batch_size)
+
+    def __repr__(self) -> str:
+        return f"Batches({self.source}, {self.objective}, {self.num_examples} examples in batches of {self.batch_size})"
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for start in range(0, self.num_examples, self.batch_size):
@@ -254,13 +257,12 @@ class _Encoder:
         sentinels, end = self._sentinels(), self.tokenizer.eos_token_id
         if end is None:
             raise ValueError("seq2seq-lm needs a tokenizer with an end-of-sequence token, but this one has none.")
-        shorter = replace(self, max_length=self.max_length - 1)
         examples = []
-        for plain, i in zip(
-            shorter._tokenized([row[0] for row in texts], add_special_tokens=False), positions, strict=True
-        ):
-            pair = corrupt_spans(plain["input_ids"], example_generator(self.seed, i), sentinels=sentinels)
-            inputs, targets = (np.append(tokens, end) for tokens in pair)
+        plain = self._tokenized([row[0] for row in texts], add_special_tokens=False)
+        for example, i in zip(plain, positions, strict=True):
+            tokens = example["input_ids"][: self.max_length - 1]  # leaves room for the end
+            pair = corrupt_spans(tokens, example_generator(self.seed, i), sentinels=sentinels)
+            inputs, targets = (np.append(part, end) for part in pair)
             examples.append({"input_ids": inputs, "attention_mask": np.ones_like(inputs), "labels": targets})
         return examples
 
@@ -286,8 +288,8 @@ class _Encoder:
         sentinels = [vocabulary[name] for name in names]
         if len(sentinels) < 2:
             raise ValueError(
-                "seq2seq-lm of one text column needs the sentinels <extra_id_0>, <extra_id_1>, … of T5, but the tokenizer "
-                "has none; use a T5 tokenizer, or give an input and a target column with --text-columns."
+                "seq2seq-lm of one text column needs the sentinels <extra_id_0>, <extra_id_1>, … of T5, but this "
+                "tokenizer has none; use one of T5, or give an input and a target column with --text-columns."
             )
         return sentinels
 

@@ -49,12 +49,15 @@ class Source:
     """
 
     name: str
-    texts: Sequence[tuple[str, ...]] = field(repr=False)
-    labels: Sequence[int] | Sequence[float] | None = field(repr=False)
+    texts: Sequence[tuple[str, ...]]
+    labels: Sequence[int] | Sequence[float] | None
     label_names: tuple[str, ...] | None
     fingerprint: str
     text_columns: tuple[str, ...] | None = None
     label_column: str | None = None
+
+    def __repr__(self) -> str:
+        return f"Source({self.name}, {len(self.texts)} examples, {self.num_labels or 'no'} classes)"
 
     @property
     def num_labels(self) -> int | None:
@@ -102,10 +105,12 @@ def read_source(
     """
     check_objective(objective)
     table = _read_table(data, revision)
+    if not table.columns:
+        raise ValueError(f"Data must hold at least one example, but {table.name} is empty.")
     columns = _text_columns(table, text_columns)
     texts = _texts(table, columns, skip_blank=objective not in LABELLED_OBJECTIVES)
     if not texts:
-        raise ValueError(f"{table.name} holds no text to work on: column {columns[0]!r} is empty.")
+        raise ValueError(f"Data must hold at least one example, but column {columns[0]!r} of {table.name} is empty.")
     labels, names, column = None, None, None
     if objective in LABELLED_OBJECTIVES:
         column = _label_column(table, label_column, objective)
@@ -120,7 +125,7 @@ def check_objective(objective: str) -> None:
 
 
 def _fingerprint(
-    texts: Sequence[tuple[str, ...]], labels: Sequence[float] | None, label_names: tuple[str, ...] | None
+    texts: Sequence[tuple[str, ...]], labels: Sequence[int | float] | None, label_names: tuple[str, ...] | None
 ) -> str:
     digest = hashlib.sha256()
     for row in texts:
@@ -141,7 +146,7 @@ class _Table:
 
     def require(self, column: str, flag: str) -> None:
         if column not in self.columns:
-            raise ValueError(f"{self.name} has no column {column!r}; it has {self.listing}. Choose with {flag}.")
+            raise ValueError(f"{self.name} has no column {column!r}; it has {self.listing}; choose with {flag}.")
 
     @property
     def listing(self) -> str:
@@ -157,8 +162,8 @@ def _text_columns(table: _Table, chosen: Sequence[str] | None) -> tuple[str, ...
             if set(candidate) <= set(table.columns):
                 return candidate
         raise ValueError(
-            f"{table.name} has no column sentence1 with sentence2, sentence or text; it has {table.listing}. "
-            "Choose with --text-columns."
+            f"{table.name} has no column sentence1 with sentence2, sentence or text; it has {table.listing}; "
+            "choose with --text-columns."
         )
     columns = (chosen,) if isinstance(chosen, str) else tuple(chosen)
     if len(columns) not in (1, 2):
@@ -174,9 +179,9 @@ def _texts(table: _Table, columns: tuple[str, ...], *, skip_blank: bool) -> list
     for number, row in enumerate(rows, 1):
         for column, text in zip(columns, row, strict=True):
             if not isinstance(text, str | None):
-                raise ValueError(f"{table.cell(column, number)} must hold text, but holds {text!r:.40}.")
+                raise ValueError(f"A text must be a string, but {table.cell(column, number)} holds {text!r:.40}.")
             if _is_missing(text) and not skip_blank:
-                raise ValueError(f"Every example needs a text, but there is none in {table.cell(column, number)}.")
+                raise ValueError(f"Every example needs a text, but {table.cell(column, number)} has none.")
         if not any(map(_is_missing, row)):
             kept.append(row)
     if len(kept) < len(rows):
@@ -193,8 +198,8 @@ def _label_column(table: _Table, chosen: str | None, objective: str) -> str:
         if column in table.columns:
             return column
     raise ValueError(
-        f"{objective} needs labels, but {table.name} has no column {' or '.join(defaults)}; it has {table.listing}. "
-        "Choose with --label-column."
+        f"{objective} needs labels, but {table.name} has no column {' or '.join(defaults)}; it has {table.listing}; "
+        "choose with --label-column."
     )
 
 
@@ -205,9 +210,11 @@ def _labels(table: _Table, column: str) -> list[Any]:
     labels = [label.strip() if isinstance(label, str) else label for label in table.columns[column][:]]
     for number, label in enumerate(labels, 1):
         if _is_missing(label):
-            raise ValueError(f"Every example needs a label, but there is none in {table.cell(column, number)}.")
+            raise ValueError(f"Every example needs a label, but {table.cell(column, number)} has none.")
         if not isinstance(label, str | int | float):
-            raise ValueError(f"{table.cell(column, number)} must hold a name or a number, but holds {label!r:.40}.")
+            raise ValueError(
+                f"A label must be a name or a number, but {table.cell(column, number)} holds {label!r:.40}."
+            )
     return labels
 
 
@@ -222,7 +229,8 @@ def _classes(table: _Table, column: str) -> tuple[list[int], tuple[str, ...]]:
         return ids, table.class_names.get(column) or _class_ids_as_names(ids, where)
     if all(map(_is_number, labels)):
         raise ValueError(
-            f"Classes are integers or names, but {where} holds numbers such as {labels[0]}; use regression."
+            f"Classes are integers or names, but {where} holds numbers such as {labels[0]}; "
+            "write them as integers, or use regression."
         )
     names = tuple(sorted(set(map(str, labels))))
     number = {name: i for i, name in enumerate(names)}
@@ -244,7 +252,7 @@ def _values(table: _Table, column: str) -> list[float]:
     labels = _labels(table, column)
     for number, label in enumerate(labels, 1):
         if not _is_number(label):
-            raise ValueError(f"{table.cell(column, number)} must hold a finite number, but holds {label!r:.40}.")
+            raise ValueError(f"regression needs finite numbers, but {table.cell(column, number)} holds {label!r:.40}.")
     values = list(map(float, labels))
     if set(values) == {-1.0}:
         raise _unlabelled(f"column {column!r} of {table.name}")
@@ -258,7 +266,7 @@ def _unlabelled(where: str) -> ValueError:
     )
 
 
-def _is_number(label: str | float) -> bool:
+def _is_number(label: str | int | float) -> bool:
     try:
         return math.isfinite(float(label))
     except ValueError:

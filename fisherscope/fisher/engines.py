@@ -1,8 +1,8 @@
 """Engines: functions that add the squared per-example gradients of one batch to the sums so far.
 
-:func:`loop_engine` is the definition, one backward pass per example. :func:`hooks_engine` gives the same numbers at about the
-price of one training step: it freezes the weights, so that autograd forms no weight gradient at all, and forms the per-example
-ones itself from each module's input and the gradient of its output.
+:func:`loop_engine` is the definition, one backward pass per example. :func:`hooks_engine` gives the same numbers at
+about the price of one training step: it freezes the weights, so that autograd forms no weight gradient at all, and
+forms the per-example ones itself from each module's input and the gradient of its output.
 """
 
 import logging
@@ -101,7 +101,7 @@ def _reduced(losses: ExampleLosses, reduction: str) -> Tensor:
 
 @dataclass(frozen=True)
 class _Call:
-    """How one module takes part: its rule, its own parameters that are scored, and whether its output lacks the batch axis."""
+    """How one module takes part: its rule, its own scored parameters, and whether its output lacks the batch axis."""
 
     rule: Rule
     parameters: Mapping[str, str]  # own name, such as 'weight', to canonical name
@@ -124,8 +124,9 @@ def _make_plan(model: nn.Module, batch: Batch, objective: str | LossFunction, sc
     if by_loop:
         logger.info(
             "%d parameters have no batched rule and are done one example at a time, for example '%s'.",
-            len(by_loop), min(by_loop),
-        )  # fmt: skip
+            len(by_loop),
+            min(by_loop),
+        )
     if unused := scored - used:
         logger.info("The loss does not use %d parameters, for example '%s': score 0.", len(unused), min(unused))
     kept = {}
@@ -188,7 +189,9 @@ class _Recorder:
             accumulate(self.sums[name], contributions)
         self.arrived.clear()
 
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def _after_forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
         call = self.plan.calls[module]
         if call.shared:  # from here on every example has a copy of its own, so the gradient is per example
             output = output.detach().expand(self.batch_size, *output.shape[1:])

@@ -1,8 +1,8 @@
 """Which module uses which parameter, and where the examples are: found by watching the model, never assumed.
 
-The model is run on two examples and on three. An input whose first axis has length 2 in one run and 3 in the other is
-indexed by example; one that stays the same is shared by all. The length of that axis in a single run proves nothing: a sequence may
-be as long as the batch.
+The model is run on two examples and on three. An input whose first axis has length 2 in one run and 3 in the other
+is indexed by example; one that stays the same is shared by all. The length of that axis in a single run proves
+nothing: a sequence may be as long as the batch.
 """
 
 from collections import defaultdict
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 Key = int | str
+Sizes = dict[Key, int | None]
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Usage:
     """
 
     parameters: set[str] = field(default_factory=set)
-    sizes: list[list[dict[Key, int | None]]] = field(default_factory=list)
+    sizes: list[list[Sizes]] = field(default_factory=list)
 
     def batched(self) -> frozenset[Key] | None:
         """The inputs (and ``"output"``) indexed by example in every call; None if the calls do not agree."""
@@ -42,15 +43,16 @@ class Usage:
         pairs = list(self._pairs())
         return bool(pairs) and all(call.get(0) == call.get("output") == 1 for pair in pairs for call in pair)
 
-    def _pairs(self) -> Iterator[tuple[dict[Key, int | None], dict[Key, int | None]]]:
+    def _pairs(self) -> Iterator[tuple[Sizes, Sizes]]:
         two, three = self.sizes
-        if len(two) != len(three):
-            yield from (({}, {}), ({0: 2}, {0: 3}))  # not the same calls: nothing can be said
-            return
-        yield from zip(two, three, strict=True)
+        if len(two) == len(three):
+            yield from zip(two, three, strict=True)
+        else:  # not the same calls in both runs: two pairs that disagree, so that nothing is concluded
+            nothing, grows = Sizes(), Sizes({0: 2})
+            yield from ((nothing, nothing), (grows, Sizes({0: 3})))
 
 
-def _grows(pair: tuple[dict[Key, int | None], dict[Key, int | None]], key: Key) -> bool:
+def _grows(pair: tuple[Sizes, Sizes], key: Key) -> bool:
     return pair[0].get(key) == 2 and pair[1].get(key) == 3
 
 

@@ -119,7 +119,9 @@ def _conv1d(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], gr
     return {"weight": Outer(inputs, outputs), "bias": Stacked(outputs.sum(1))}
 
 
-def _embedding(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor) -> dict[str, Contribution]:
+def _embedding(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor
+) -> dict[str, Contribution]:
     ids = args[0].expand(grad.shape[:-1]).flatten(1)
     gradients = grad.reshape(len(grad), -1, grad.shape[-1])
     padding = getattr(module, "padding_idx", None)
@@ -128,12 +130,16 @@ def _embedding(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     return {"weight": Lookup(ids, gradients)}
 
 
-def _layer_norm(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor) -> dict[str, Contribution]:
+def _layer_norm(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor
+) -> dict[str, Contribution]:
     normalized = F.layer_norm(args[0], module.normalized_shape, eps=module.eps)  # pyright: ignore
     return _scale_and_shift(normalized, grad)
 
 
-def _rms_norm(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor) -> dict[str, Contribution]:
+def _rms_norm(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor
+) -> dict[str, Contribution]:
     return _scale_and_shift(F.rms_norm(args[0], module.normalized_shape, eps=module.eps), grad)  # pyright: ignore
 
 
@@ -163,9 +169,9 @@ def generic(batched: frozenset[int | str]) -> Rule:
             values = {**fixed, **{key: value[None] for key, value in example.items()}}
             positional = tuple(values[i] for i in range(len(args)))
             named = {key: value for key, value in values.items() if isinstance(key, str)}
-            _, pull_back = torch.func.vjp(
+            pull_back = torch.func.vjp(
                 lambda p: torch.func.functional_call(module, p, positional, named, tie_weights=False), own
-            )
+            )[1]
             return pull_back(gradient[None])[0]
 
         examples = {key: inputs[key] for key in batched if key in inputs}
@@ -185,7 +191,7 @@ _RULES: dict[Any, Rule] = {
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """The fast rule of a module, by the very function that is its forward pass: a subclass that overrides it has none."""
+    """The fast rule of a module, by the very function that is its forward pass: an override has none."""
     if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm is not None):
         return None
     return _RULES.get(type(module).forward)

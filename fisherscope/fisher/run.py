@@ -76,7 +76,9 @@ def estimate_fisher(
     with measuring(model):
         _run(add, batches, state, facts, Path(checkpoint) if checkpoint else None, progress)
     if not state.used:
-        raise ValueError("None of the examples has a scored token (a label that is not -100); check labels and objective.")
+        raise ValueError(
+            "None of the examples has a scored token (a label that is not -100); check labels and objective."
+        )
     if state.seen > state.used:
         logger.warning("%d of %d examples have no scored token and were skipped.", state.seen - state.used, state.seen)
     provenance = storage.provenance(**facts["provenance"], skipped=state.seen - state.used)
@@ -105,19 +107,24 @@ class _State:
         if not path.exists():
             return _State.start(scored)
         with storage.open_hdf5(path, FORMAT) as file:
-            if "progress" not in file.attrs:
-                raise ValueError(f"{path} is a finished scores file, not the checkpoint of a run; name another checkpoint.")
-            before = json.loads(file.attrs["provenance"])
+            before = storage.attributes(file)
+            if "progress" not in before:
+                raise ValueError(
+                    f"{path} is a finished scores file, not the checkpoint of a run; name another checkpoint."
+                )
+            origin = json.loads(before["provenance"])
             for key in ("model", "data", "objective", "engine"):
-                if before[key] != json.loads(json.dumps(facts["provenance"][key])):
+                if origin[key] != json.loads(json.dumps(facts["provenance"][key])):
                     raise ValueError(
-                        f"{path} was begun with another {key} ({before[key]} there, {facts['provenance'][key]} now); "
+                        f"{path} was begun with another {key} ({origin[key]} there, {facts['provenance'][key]} now); "
                         "repeat that command to go on, or delete the file to start afresh."
                     )
-            if file.attrs["reduction"] != facts["reduction"]:
-                raise ValueError(f"{path} was begun with reduction {file.attrs['reduction']}; delete it to start afresh.")
+            if before["reduction"] != facts["reduction"]:
+                raise ValueError(
+                    f"{path} was begun with reduction {file.attrs['reduction']}; delete it to start afresh."
+                )
             sums = {name: tensor.to(scored[name].device) for name, tensor in read_tensors(file).items()}
-            batches, seen, used = (int(v) for v in file.attrs["progress"])
+            batches, seen, used = (int(v) for v in before["progress"])
         logger.info("Going on after %d examples.", seen)
         return _State(sums, batches, seen, used)
 

@@ -1,6 +1,7 @@
 """Landscapes: the loss around a model, on a grid of steps along directions in weight space.
 
-``directions.py`` makes directions, ``surface.py`` holds the noun :class:`Landscape` and its file, ``scan.py`` evaluates.
+``directions.py`` makes directions, ``surface.py`` holds the noun :class:`Landscape` and its file, ``scan.py``
+evaluates.
 """
 
 from .directions import Direction, random_directions

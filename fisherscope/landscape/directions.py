@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..masks import Mask
 from ..models import row_axis, transposed_parameters
 
 Direction = Mapping[str, Tensor]
@@ -51,11 +50,13 @@ def random_directions(
     transposed = transposed_parameters(model)
     return [
         {
-            name: _scaled(_gaussian(p, seed, number, name), p.detach(), row_axis(name, transposed), normalize, one_dimensional)
+            name: _scaled(
+                _gaussian(p, seed, number, name), p.detach(), row_axis(name, transposed), normalize, one_dimensional
+            )
             for name, p in model.named_parameters()
         }
         for number in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def _gaussian(like: Tensor, seed: int, number: int, name: str) -> Tensor:
@@ -77,17 +78,18 @@ def _scaled(direction: Tensor, weight: Tensor, axis: int, normalize: str, one_di
     return direction * (own / drawn)
 
 
-def restrict(direction: Direction, mask: Mask | None, model: nn.Module) -> dict[str, Tensor]:
-    """The direction where the mask selects, 0 elsewhere; parameters of the head that the mask does not cover rest.
+def restrict(direction: Direction, selected: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """The direction where a mask selects, 0 elsewhere; parameters of the head that the mask does not cover rest.
 
     The directions of a mask and of its complement add up to the whole direction.
 
-    Raises:
-        MaskMismatch: If the mask belongs to another model.
+    Args:
+        direction: One tensor per parameter.
+        selected: The mask under the model's names (:meth:`fisherscope.Mask.for_model`); None selects everything.
     """
-    if mask is None:
+    if selected is None:
         return dict(direction)
-    selected = mask.for_model(model)
     return {
-        name: tensor * selected[name] if name in selected else torch.zeros_like(tensor) for name, tensor in direction.items()
+        name: tensor * selected[name] if name in selected else torch.zeros_like(tensor)
+        for name, tensor in direction.items()
     }

@@ -33,6 +33,7 @@ def scan_landscape(
     one_dimensional: OneDimensional = "skip",
     objective: str | LossFunction | None = None,
     seed: int = 0,
+    strict: bool = False,
     progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> Landscape:
@@ -56,6 +57,7 @@ def scan_landscape(
         one_dimensional: Of random directions.
         objective: As in :func:`fisherscope.estimate_fisher`.
         seed: Of random directions; axis k depends only on (seed, k).
+        strict: Refuse a mask that was made from other weights, instead of warning.
         progress: Show a bar with the expected time to the end.
         checkpoint: A file that holds the points measured so far; when it exists the scan goes on where it stopped.
 
@@ -67,20 +69,27 @@ def scan_landscape(
     objective = objective or infer_objective(model)
     steps = _grid(axes, points, span)
     given = directions != "random"
-    whole = _check_directions(directions, model, axes) if given else random_directions(
-        model, axes, seed=seed, normalize=normalize, one_dimensional=one_dimensional
-    )  # fmt: skip
-    moves = [restrict(direction, mask, model) for direction in whole]
+    whole = (
+        _check_directions(directions, model, axes)
+        if given
+        else random_directions(model, axes, seed=seed, normalize=normalize, one_dimensional=one_dimensional)
+    )
+    selected = mask.for_model(model, strict=strict) if mask else None
+    moves = [restrict(direction, selected) for direction in whole]
     kind = "given" if given else {"filter": "random, filter-normalised", "none": "random, Gaussian"}[normalize]
     grid_axes = tuple(_axis(number, s, move, kind) for number, (s, move) in enumerate(zip(steps, moves, strict=True)))
     fixed = list(batches)
     settings = {"span": span, "seed": None if given else seed, "directions": kind, "one_dimensional": one_dimensional}
     shape = tuple(len(s) for s in steps)
     empty = Landscape(
-        grid_axes, np.full(shape, np.nan), np.zeros(shape, dtype=bool), _name(objective), _references(model, fixed, objective),
+        grid_axes,
+        np.full(shape, np.nan),
+        np.zeros(shape, dtype=bool),
+        _name(objective),
+        _references(model, fixed, objective),
         mask.provenance.get("rule", "a mask") if mask else "all entries",
         _provenance(model, batches, mask, objective, settings),
-    )  # fmt: skip
+    )
     with measuring(model), ExitStack() as stack:
         loss_at = _Evaluator(model, fixed, objective, moves)
         stack.callback(loss_at.restore)
@@ -117,7 +126,13 @@ def scan(
             if log and missing:
                 log.flush()
     return Landscape(
-        landscape.axes, loss, evaluated, landscape.objective, landscape.references, landscape.title, landscape.provenance
+        landscape.axes,
+        loss,
+        evaluated,
+        landscape.objective,
+        landscape.references,
+        landscape.title,
+        landscape.provenance,
     )
 
 
@@ -152,7 +167,9 @@ class _Evaluator:
             total += float(losses.total.double().sum())
             count += int(losses.count.sum())
         if not count:
-            raise ValueError("None of the examples has a scored token (a label that is not -100); check labels and objective.")
+            raise ValueError(
+                "None of the examples has a scored token (a label that is not -100); check labels and objective."
+            )
         return total / count
 
     def restore(self) -> None:
@@ -218,11 +235,18 @@ def _name(objective: str | LossFunction) -> str:
 
 
 def _provenance(
-    model: nn.Module, batches: Iterable[Batch], mask: Mask | None, objective: str | LossFunction, settings: Mapping[str, object]
+    model: nn.Module,
+    batches: Iterable[Batch],
+    mask: Mask | None,
+    objective: str | LossFunction,
+    settings: Mapping[str, object],
 ) -> dict[str, object]:
     facts = {
         "model": describe(model),
-        "data": {"source": getattr(batches, "source", "in memory"), "fingerprint": getattr(batches, "fingerprint", None)},
+        "data": {
+            "source": getattr(batches, "source", "in memory"),
+            "fingerprint": getattr(batches, "fingerprint", None),
+        },
         "batch_size": getattr(batches, "batch_size", None),
         "objective": _name(objective),
         "mask": None if mask is None else {"rule": mask.provenance.get("rule"), "selected": mask.num_selected},

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -45,8 +46,8 @@ class Landscape:
             units for regression). Raw: a model pushed far enough diverges, so infinity and NaN are legitimate values.
         evaluated: Which grid points have been computed; the others hold NaN.
         objective: What the loss is of.
-        references: Horizontal lines that give the loss a scale, in nats: ``"uniform"`` (ln V, guessing) and ``"unigram"``
-            (entropy of the scored labels) for language models.
+        references: Horizontal lines that give the loss of a language model a scale, in nats: ``"uniform"`` (ln V,
+            guessing) and ``"unigram"`` (entropy of the scored labels).
         title: What moves, in words, for figures.
         provenance: Where the landscape came from.
     """
@@ -63,8 +64,10 @@ class Landscape:
         """Refuse arrays that do not fit the axes."""
         grid = tuple(len(axis.steps) for axis in self.axes)
         if self.loss.shape != grid or self.evaluated.shape != grid:
-            raise ValueError(f"A landscape with axes of {grid} points needs loss and evaluated of that shape, got "
-                             f"{self.loss.shape} and {self.evaluated.shape}.")  # fmt: skip
+            raise ValueError(
+                f"A landscape with axes of {grid} points needs loss and evaluated of that shape, got "
+                f"{self.loss.shape} and {self.evaluated.shape}."
+            )
 
     def __repr__(self) -> str:
         """One line for notebooks."""
@@ -119,16 +122,30 @@ def _write(file: h5py.File, landscape: Landscape) -> None:
 def _read(file: h5py.File) -> Landscape:
     try:
         loss, evaluated = np.asarray(file["loss"]), np.asarray(file["evaluated"]).astype(bool)
-        axes = tuple(
-            Axis(str(s.attrs["name"]), np.asarray(s), float(s.attrs["norm"]), int(s.attrs["entries"]), str(s.attrs["kind"]))
-            for s in (file[f"axis{number}"] for number in range(loss.ndim))
-        )  # fmt: skip
+        scales = [file[f"axis{number}"] for number in range(loss.ndim)]
+        axes = tuple(Axis(steps=np.asarray(scale), **_own(storage.attributes(scale))) for scale in scales)
+        facts = storage.attributes(file)
         return Landscape(
-            axes, loss, evaluated, str(file.attrs["objective"]), json.loads(file.attrs["references"]),
-            str(file.attrs["title"]), json.loads(file.attrs["provenance"]),
-        )  # fmt: skip
+            axes,
+            loss,
+            evaluated,
+            str(facts["objective"]),
+            json.loads(facts["references"]),
+            str(facts["title"]),
+            json.loads(facts["provenance"]),
+        )
     except (KeyError, ValueError) as error:
         raise storage.WrongFile(f"{file.filename} is not a complete landscape ({error}); make it again.") from error
+
+
+def _own(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Those attributes of a dimension scale that are ours; HDF5 adds some."""
+    return {
+        "name": str(attributes["name"]),
+        "norm": float(attributes["norm"]),
+        "entries": int(attributes["entries"]),
+        "kind": str(attributes["kind"]),
+    }
 
 
 class Journal:
@@ -178,5 +195,6 @@ def _check_same_scan(path: Path, before: Landscape, now: Landscape) -> None:
     differing += [key for key in facts if key not in storage.VOLATILE and facts[key] != before.provenance.get(key)]
     if differing:
         raise ValueError(
-            f"{path} was begun with another {differing[0]}; repeat that command to go on, or delete the file to start afresh."
+            f"{path} was begun with another {differing[0]}; repeat that command to go on, or delete the file to start "
+            "afresh."
         )

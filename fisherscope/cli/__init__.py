@@ -1,0 +1,102 @@
+"""The command line: one thin module per command, each a parser and a call into the library.
+
+Nothing here imports torch before a command runs, so that ``fisherscope --help`` answers at once.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from .. import __version__
+
+COMMANDS = {
+    "fisher": "Fisher scores of a model on data",
+    "mask": "a mask from Fisher scores",
+    "landscape": "the loss around a model, on a grid",
+    "plot": "figures from scores and landscapes",
+    "info": "what a file holds and how it was made",
+    "demo": "all of it on the built-in model, no network",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, without the usage block."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and leave with status 2."""
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    try:
+        args = _parser(argv).parse_args(_with_config(argv))
+        _set_up_logging()
+        args.run(args)
+    except KeyboardInterrupt:
+        print("fisherscope: interrupted; the same command with --resume goes on where it stopped.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        known = isinstance(error, (ValueError, TypeError, OSError))
+        hint = "" if known else f" (unexpected {type(error).__name__}; --debug shows where)"
+        print(f"fisherscope: {' '.join(str(error).split())}{hint}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    parser = _Parser(prog="fisherscope", description="Loss landscapes and Fisher information of language models.")
+    parser.add_argument("--version", action="version", version=f"fisherscope {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, summary in COMMANDS.items():
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=f"{summary[0].upper()}{summary[1:]}.",
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        if name in argv:  # the flags of the others are not needed
+            module: Any = importlib.import_module(f".{name}", __name__)
+            module.add_flags(command)
+            command.set_defaults(run=module.run)
+    return parser
+
+
+def _with_config(argv: list[str]) -> list[str]:
+    """The arguments with those of ``--config FILE`` put first, so that the command line wins."""
+    if "--config" not in argv[:-1]:
+        return argv
+    import yaml
+
+    path = argv[argv.index("--config") + 1]
+    with open(path, encoding="utf-8") as file:
+        settings = yaml.safe_load(file) or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold one 'flag: value' per line, as in 'num-examples: 512'.")
+    flags: list[str] = []
+    for key, value in settings.items():
+        flag = f"--{str(key).replace('_', '-')}"
+        if value is True:
+            flags.append(flag)
+        elif value not in (False, None):
+            flags += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return [argv[0], *flags, *argv[1:]]
+
+
+def _set_up_logging() -> None:
+    import logging
+
+    logger = logging.getLogger("fisherscope")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("fisherscope: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

@@ -1,0 +1,100 @@
+"""Flags and steps that several commands share."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .. import storage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..data import Batches
+
+OBJECTIVES = ("mlm", "causal-lm", "seq2seq-lm", "classification", "regression")
+
+
+def add_model_and_data_flags(parser: argparse.ArgumentParser) -> None:
+    """The keywords of ``load_model`` and ``load_batches``."""
+    model = parser.add_argument_group("model")
+    model.add_argument("--model", required=True, help="Hub name, local folder, or builtin:bert")
+    model.add_argument("--objective", choices=OBJECTIVES, help="default: that of the checkpoint's head")
+    model.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    model.add_argument("--device", help="for example cuda:1; default: CUDA where there is one")
+    model.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32", help="of the weights")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data", required=True, help="Hub name, .txt .csv .tsv .json .jsonl .parquet file, folder, or builtin:docs"
+    )
+    data.add_argument("--num-examples", type=int, help="a random subset of this size; default: all")
+    data.add_argument("--batch-size", type=int, default=16, help="examples at once; does not change results")
+    data.add_argument(
+        "--max-length", type=int, help="tokens per example; default: 128, or fewer if the model takes fewer"
+    )
+    data.add_argument("--text-columns", nargs="+", metavar="COLUMN", help="one or two columns with text")
+    data.add_argument("--label-column", metavar="COLUMN", help="for classification and regression")
+
+
+def add_output_flags(parser: argparse.ArgumentParser, *, resumable: bool = False) -> None:
+    """``--out`` and what to do when it exists."""
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, required=True, help="where the result goes")
+    output.add_argument("--overwrite", action="store_true", help="replace an existing result")
+    if resumable:
+        output.add_argument("--resume", action="store_true", help="go on where an earlier run stopped")
+    add_general_flags(parser)
+
+
+def add_general_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags of every command."""
+    parser.add_argument("--config", type=Path, help="YAML file of flags; the command line wins")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def output_is_complete(args: argparse.Namespace) -> bool:
+    """Settle what is to be done about ``--out``; True if ``--resume`` finds the result already there.
+
+    Raises:
+        FileExistsError: If there is a result and neither flag says what to do.
+    """
+    part = storage.part_path(args.out)
+    resume = getattr(args, "resume", False)
+    if args.out.exists() and resume and not args.overwrite:
+        print(f"{args.out} is complete; nothing to resume.")
+        return True
+    if args.out.exists() and not args.overwrite:
+        raise FileExistsError(f"{args.out} exists; give --overwrite to replace it, or another --out.")
+    if not resume:
+        part.unlink(missing_ok=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    return False
+
+
+def load(args: argparse.Namespace) -> "tuple[PreTrainedModel, Batches, str]":
+    """The model, the data for it, and the objective."""
+    import torch
+
+    from ..data import load_batches, read_source
+    from ..models import load_model, saved_objective
+
+    objective = args.objective or saved_objective(args.model, revision=args.revision)
+    source = read_source(args.data, objective=objective, text_columns=args.text_columns, label_column=args.label_column)
+    model, tokenizer = load_model(
+        args.model,
+        objective=objective,
+        num_labels=source.num_labels if objective == "classification" else None,
+        seed=args.seed,
+        revision=args.revision,
+        dtype=getattr(torch, args.dtype),
+        device=args.device,
+    )
+    batches = load_batches(
+        source,
+        tokenizer,
+        objective=objective,
+        num_examples=args.num_examples,
+        batch_size=args.batch_size,
+        max_length=args.max_length,
+        seed=args.seed,
+    )
+    return model, batches, objective

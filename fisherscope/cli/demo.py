@@ -1,0 +1,118 @@
+"""``fisherscope demo``: the main job on the built-in model, as the very commands a user would type."""
+
+import argparse
+import time
+from pathlib import Path
+
+from ._common import add_general_flags
+
+MODEL_AND_DATA = ["--model", "builtin:bert", "--data", "builtin:docs"]
+MASKS = ("top", "bottom", "random")
+TITLES = ["all entries", "top 50 %", "bottom 50 %", "random 50 %"]
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Where to, and how fine."""
+    parser.add_argument("--out", type=Path, required=True, help="folder for figures and files")
+    parser.add_argument("--points", type=int, default=17, help="grid points per axis of the surfaces")
+    parser.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in the folder")
+    add_general_flags(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Scores, three masks, four surfaces, figures, and a page that says what came out."""
+    began = time.monotonic()
+    commands = _commands(args.out, args.points)
+    for command in commands:
+        _run(command + (["--overwrite"] if args.overwrite else []))
+    _write_page(args.out, commands, time.monotonic() - began)
+    print(f"{args.out}: done in {time.monotonic() - began:.0f} s; begin with {args.out / 'README.md'}")
+
+
+def _commands(out: Path, points: int) -> list[list[str]]:
+    """What the demo does, command by command."""
+    scores, surfaces = str(out / "scores.h5"), [str(out / f"surface_{name}.h5") for name in ("all", *MASKS)]
+    masks = {name: str(out / f"{name}50.safetensors") for name in MASKS}
+    scan = ["landscape", *MODEL_AND_DATA, "--num-examples", "48", "--points", str(points)]
+    figures = [
+        ["plot", *surfaces, "--kind", kind, "--titles", *TITLES, "--out", str(out / f"{name}.{suffix}")]
+        for kind, name in (("surface", "surfaces"), ("contour", "contours"))
+        for suffix in ("pdf", "png")
+    ]
+    score_figures = [
+        ["plot", scores, *flags, "--out", str(out / f"{name}.{suffix}")]
+        for flags, name in (
+            (["--kind", "sorted"], "sorted_entries"),
+            (["--kind", "sorted", "--by", "parameter"], "sorted_parameters"),
+            (["--kind", "sorted", "--by", "parameter", "--normalized"], "sorted_parameters_normalized"),
+            (["--kind", "layers"], "layers"),
+        )
+        for suffix in ("pdf", "png")
+    ]
+    return [
+        ["fisher", *MODEL_AND_DATA, "--num-examples", "512", "--out", scores],
+        *(["mask", scores, "--select", name, "--fraction", "0.5", "--out", masks[name]] for name in MASKS),
+        [*scan, "--out", surfaces[0]],
+        *([*scan, "--mask", masks[name], "--out", surface] for name, surface in zip(MASKS, surfaces[1:], strict=True)),
+        *figures,
+        ["plot", *surfaces, "--titles", *TITLES, "--out", str(out / "surfaces.html")],
+        *score_figures,
+    ]
+
+
+def _run(command: list[str]) -> None:
+    from . import main
+
+    print("$ fisherscope", *(f"'{word}'" if " " in word else word for word in command), flush=True)
+    if status := main([*command, "--debug"]):
+        raise RuntimeError(f"'fisherscope {command[0]}' ended with status {status}.")
+
+
+def _write_page(out: Path, commands: list[list[str]], seconds: float) -> None:
+    from .. import storage
+    from ..landscape import Landscape
+    from ..scores import FisherScores
+
+    scores = FisherScores.load(out / "scores.h5")
+    surfaces = [Landscape.load(out / f"surface_{name}.h5") for name in ("all", *MASKS)]
+    references = surfaces[0].references
+    rows = "\n".join(
+        f"| {title} | {surface.axes[0].entries:,} | {surface.axes[0].norm:.2f} | {surface.axes[1].norm:.2f} "
+        f"| {surface.loss.min():.3f} | {surface.loss.max():.2f} |"
+        for title, surface in zip(TITLES, surfaces, strict=True)
+    )
+    listing = "\n".join("fisherscope " + " ".join(_shown(word, out) for word in command) for command in commands)
+    facts = scores.provenance
+    text = f"""# What the demo found
+
+Fisher scores and loss surfaces of `builtin:bert` on held-out text, `builtin:docs`.
+
+![Four loss surfaces](surfaces.png)
+
+- Scores: {scores.num_examples} examples, {scores.num_entries:,} entries; {100 * scores.share_holding(0.5):.2g} % of the entries
+  hold half of the summed Fisher information.
+- Loss of the model itself: **{surfaces[0].centre_loss:.4f}** nats per masked token (guessing uniformly: ln V =
+  {references["uniform"]:.4f}; entropy of the masked tokens: {references["unigram"]:.4f}).
+
+| moves | entries that move | ‖direction 1‖ | ‖direction 2‖ | lowest loss | highest loss |
+|---|---|---|---|---|---|
+{rows}
+
+The masks select half of the entries each, but the directions differ in size: filter normalisation scales them by the
+weights, and biases and norms rest. Compare surfaces at equal distance before concluding that one set of entries
+matters more.
+
+Made in {seconds:.0f} s with {", ".join(f"{k} {v}" for k, v in facts["versions"].items())}; weights
+`{facts["model"]["fingerprint"]}`, text `{facts["data"]["fingerprint"]}`. The commands:
+
+```
+{listing}
+```
+"""
+    with storage.atomic(out / "README.md") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _shown(word: str, out: Path) -> str:
+    name = word.replace(f"{out}/", "")
+    return f"'{name}'" if " " in name else name

@@ -1,0 +1,39 @@
+"""``fisherscope mask``: a mask from Fisher scores."""
+
+import argparse
+from pathlib import Path
+
+from ._common import add_output_flags, output_is_complete
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The keywords of ``top_fraction``, ``bottom_fraction`` and ``random_fraction``."""
+    parser.add_argument("scores", type=Path, help="a scores file of `fisherscope fisher`")
+    parser.add_argument("--fraction", type=float, required=True, help="share of the units to select, 0 to 1")
+    parser.add_argument("--select", choices=("top", "bottom", "random"), default="top", help="which ones")
+    parser.add_argument("--granularity", choices=("entry", "row", "parameter"), default="entry", help="the unit")
+    parser.add_argument(
+        "--within", choices=("model", "layer", "parameter"), default="model", help="the same share of each"
+    )
+    parser.add_argument("--include", nargs="+", metavar="PATTERN", help="only parameters whose name matches")
+    parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="no parameters whose name matches")
+    parser.add_argument("--seed", type=int, default=0, help="of a random selection")
+    add_output_flags(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Select, save, and say how many."""
+    if output_is_complete(args):
+        return
+    from ..masks import bottom_fraction, random_fraction, top_fraction
+    from ..scores import FisherScores
+
+    scores = FisherScores.load(args.scores)
+    patterns = {"granularity": args.granularity, "include": args.include, "exclude": args.exclude}
+    if args.select == "random":
+        mask = random_fraction(scores, args.fraction, seed=args.seed, stratify=args.within, **patterns)
+    else:
+        choose = top_fraction if args.select == "top" else bottom_fraction
+        mask = choose(scores, args.fraction, within=args.within, **patterns)
+    mask.save(args.out)
+    print(f"{args.out}: {mask}")

@@ -1,0 +1,175 @@
+"""Tiny models from configs, examples of unequal length, and the padding that makes batches of them."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor, nn
+
+settings.register_profile(
+    "fisherscope", deadline=None, derandomize=True, max_examples=25, database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)  # fmt: skip
+settings.load_profile("fisherscope")
+
+VOCABULARY, WIDTH, LAYERS, HEADS = 99, 32, 2, 4
+IGNORED = -100
+PADDING = {"labels": IGNORED}  # everything else is padded with 0
+
+Example = dict[str, Tensor]
+"""One example without padding and without a batch axis."""
+
+
+def batched(examples: Sequence[Example], size: int) -> list[dict[str, Tensor]]:
+    """Batches of at most ``size`` examples, padded on the right to the longest of each."""
+    return [_padded(examples[start : start + size]) for start in range(0, len(examples), size)]
+
+
+def _padded(examples: Sequence[Example]) -> dict[str, Tensor]:
+    def stacked(name: str) -> Tensor:
+        rows = [example[name] for example in examples]
+        if rows[0].ndim == 0:
+            return torch.stack(rows)
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING.get(name, 0))
+
+    return {name: stacked(name) for name in examples[0]}
+
+
+class Interrupted(Exception):
+    """What a test raises in the middle of a run."""
+
+
+class Stopping:
+    """A re-iterable of batches that raises before it gives batch number ``stop``, if there is one."""
+
+    def __init__(self, batches: Sequence[dict[str, Tensor]], stop: int | None = None, **facts: object) -> None:
+        self.batches, self.stop = batches, stop
+        vars(self).update(facts)
+
+    def __iter__(self):
+        for number, batch in enumerate(self.batches):
+            if number == self.stop:
+                raise Interrupted
+            yield batch
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the name of its objective, and examples of unequal length for it."""
+
+    model: nn.Module
+    objective: str
+    examples: list[Example]
+
+    def with_examples(self, examples: Sequence[Example]) -> "Case":
+        return replace(self, examples=list(examples))
+
+
+def moved(model: nn.Module, seed: int = 0) -> nn.Module:
+    """The model in float64 and eval mode, every parameter moved away from its initial 0 or 1."""
+    generator = torch.Generator().manual_seed(seed)
+    model = model.double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    return model
+
+
+def built(name: str, seed: int = 0, **settings: object) -> nn.Module:
+    """A tiny random model of a Hugging Face class, in float64; ``settings`` go into its config."""
+    import transformers
+
+    classes: dict[str, tuple[str, dict[str, object]]] = {
+        "bert": ("BertForMaskedLM", _BERT),
+        "bert-classifier": ("BertForSequenceClassification", _BERT | {"num_labels": 3}),
+        "bert-regressor": ("BertForSequenceClassification", _BERT | {"num_labels": 1}),
+        "albert": ("AlbertForMaskedLM", _BERT | {"embedding_size": 16}),
+        "gpt2": ("GPT2LMHeadModel", _GPT2),
+        "t5": ("T5ForConditionalGeneration", _T5),
+        "llama": ("LlamaForCausalLM", _LLAMA),
+    }
+    class_name, defaults = classes[name]
+    model_class = getattr(transformers, class_name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return moved(model_class(model_class.config_class(**defaults | settings)), seed)
+
+
+_COMMON = {"vocab_size": VOCABULARY, "pad_token_id": 0}
+_BERT = _COMMON | {
+    "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "intermediate_size": 2 * WIDTH,
+    "max_position_embeddings": 16,
+}  # fmt: skip
+_GPT2 = _COMMON | {
+    "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 16, "bos_token_id": 1, "eos_token_id": 1,
+}  # fmt: skip
+_T5 = _COMMON | {
+    "d_model": WIDTH, "num_layers": LAYERS, "num_heads": HEADS, "d_ff": 2 * WIDTH, "d_kv": 8,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 12, "decoder_start_token_id": 0,
+}  # fmt: skip
+_LLAMA = _COMMON | {
+    "hidden_size": WIDTH, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": 2,
+    "intermediate_size": 2 * WIDTH, "max_position_embeddings": 16, "tie_word_embeddings": False,
+}  # fmt: skip
+
+LENGTHS = (7, 3, 9, 5, 2, 6, 9, 4)
+
+
+def masked_example(length: int, draw: torch.Generator) -> Example:
+    tokens = torch.randint(1, VOCABULARY, (length,), generator=draw)
+    labels = torch.where(torch.rand(length, generator=draw) < 0.4, tokens.roll(1), IGNORED)
+    labels[length // 2] = 5
+    types = (torch.arange(length) >= length // 2).long()
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "token_type_ids": types, "labels": labels}
+
+
+def causal_example(length: int, draw: torch.Generator) -> Example:
+    tokens = torch.randint(1, VOCABULARY, (length,), generator=draw)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
+
+
+def translated_example(length: int, draw: torch.Generator) -> Example:
+    target = torch.randint(1, VOCABULARY, (11 - length,), generator=draw)
+    return causal_example(length, draw) | {"labels": target}
+
+
+def classified_example(length: int, draw: torch.Generator) -> Example:
+    plain = causal_example(length, draw)
+    return plain | {"labels": plain["input_ids"][0] % 3}
+
+
+def valued_example(length: int, draw: torch.Generator) -> Example:
+    return causal_example(length, draw) | {"labels": torch.randn((), generator=draw, dtype=torch.float64)}
+
+
+_KINDS: dict[str, tuple[str, Callable[[int, torch.Generator], Example]]] = {
+    "bert": ("mlm", masked_example),
+    "albert": ("mlm", masked_example),
+    "gpt2": ("causal-lm", causal_example),
+    "llama": ("causal-lm", causal_example),
+    "t5": ("seq2seq-lm", translated_example),
+    "bert-classifier": ("classification", classified_example),
+    "bert-regressor": ("regression", valued_example),
+}
+
+
+def case(name: str, lengths: Sequence[int] = LENGTHS, seed: int = 0, **settings: object) -> Case:
+    """A tiny model and examples of the given lengths for it."""
+    objective, make = _KINDS[name]
+    draw = torch.Generator().manual_seed(seed)
+    return Case(built(name, seed, **settings), objective, [make(length, draw) for length in lengths])
+
+
+@pytest.fixture
+def bert() -> Case:
+    return case("bert")
+
+
+@pytest.fixture
+def gpt2() -> Case:
+    return case("gpt2")

@@ -1,0 +1,289 @@
+"""The command line: every command on a tiny model, messages, and runs that are killed and resumed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+import yaml
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+import fisherscope as fs
+from fisherscope.cli import COMMANDS, main
+
+WORDS = [f"word{i}" for i in range(60)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with its tokenizer, and some text and labels."""
+    folder = tmp_path_factory.mktemp("cli")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: i for i, word in enumerate([*special, *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        model_max_length=32,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    ).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    config = BertConfig(vocab_size=len(vocabulary), max_position_embeddings=32, **shape)
+    BertForMaskedLM(config).save_pretrained(folder / "model")
+    generator = np.random.default_rng(0)
+    lines = [" ".join(generator.choice(WORDS, size=generator.integers(4, 20))) for _ in range(40)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    rows = [f"{line}\t{lines[i - 1]}\t{'yes' if i % 3 else 'no'}" for i, line in enumerate(lines)]
+    (folder / "pairs.tsv").write_text("\n".join(["sentence1\tsentence2\tlabel", *rows]))
+    return folder
+
+
+@pytest.fixture
+def flags(folder: Path) -> list[str]:
+    return ["--model", str(folder / "model"), "--data", str(folder / "text.txt"), "--batch-size", "4", "--device", "cpu"]
+
+
+def run(*words: object) -> int:
+    return main([str(word) for word in words])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The one line that a failing command prints."""
+    capsys.readouterr()
+    assert run(*words) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("fisherscope: ") and "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+def test_main_job_by_commands(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores, mask = tmp_path / "scores.h5", tmp_path / "top.safetensors"
+    assert run("fisher", *flags, "--out", scores) == 0
+    assert run("mask", scores, "--fraction", "0.5", "--out", mask) == 0
+    assert run("landscape", *flags, "--mask", mask, "--points", "5", "3", "--out", tmp_path / "surface.h5") == 0
+    assert run("landscape", *flags, "--axes", "1", "--points", "5", "--out", tmp_path / "curve.h5") == 0
+    landscape = fs.Landscape.load(tmp_path / "surface.h5")
+    assert landscape.loss.shape == (5, 3) and landscape.evaluated.all()
+    assert landscape.centre_loss == pytest.approx(fs.Landscape.load(tmp_path / "curve.h5").centre_loss, abs=1e-12)
+    for file, figure in (("surface.h5", "surface.pdf"), ("curve.h5", "curve.png"), ("scores.h5", "scores.html")):
+        assert run("plot", tmp_path / file, "--out", tmp_path / figure) == 0
+        assert (tmp_path / figure).stat().st_size > 1000
+    for file, said in ((scores, "FisherScores"), (mask, "50.00%"), (tmp_path / "surface.h5", "entries move")):
+        capsys.readouterr()
+        assert run("info", file) == 0
+        assert said in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*"))
+
+
+def test_classification_on_a_pair_task(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "scores.h5"
+    words = ["--model", folder / "model", "--data", folder / "pairs.tsv", "--objective", "classification"]
+    assert run("fisher", *words, "--device", "cpu", "--out", out) == 0
+    scores = fs.FisherScores.load(out)
+    assert scores.num_examples == 40
+    assert scores["classifier.weight"].shape == (2, 16)
+    assert set(scores.new_parameters) >= {"classifier.weight", "classifier.bias"}
+    assert str(folder) not in json.dumps(dict(scores.provenance))
+
+
+def test_random_and_bottom_masks(flags: list[str], tmp_path: Path) -> None:
+    scores = tmp_path / "scores.h5"
+    run("fisher", *flags, "--num-examples", "4", "--out", scores)
+    for select in ("top", "bottom", "random"):
+        out = tmp_path / f"{select}.safetensors"
+        assert run("mask", scores, "--fraction", "0.3", "--select", select, "--within", "parameter", "--out", out) == 0
+        mask = fs.Mask.load(out)
+        for name, tensor in mask.items():
+            size = tensor.numel()
+            kept = size - round(0.7 * size) if select == "bottom" else round(0.3 * size)
+            assert int(tensor.sum()) == kept, name
+
+
+def test_existing_output_is_never_replaced_silently(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "scores.h5"
+    words = ["fisher", *flags, "--num-examples", "4", "--out", out]
+    assert run(*words) == 0
+    before = out.read_bytes()
+    assert refused(capsys, *words).endswith("give --overwrite to replace it, or another --out.")
+    assert run(*words, "--resume") == 0
+    assert out.read_bytes() == before
+    assert run(*words, "--overwrite", "--seed", "1") == 0
+    assert out.read_bytes() != before
+
+
+def test_config_file_gives_flags_and_the_command_line_wins(flags: list[str], tmp_path: Path) -> None:
+    settings = {"points": [5, 3], "span": 0.5, "num_examples": 4, "out": str(tmp_path / "a.h5")}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert run("landscape", "--config", tmp_path / "config.yaml", *flags, "--span", "0.25") == 0
+    axes = fs.Landscape.load(tmp_path / "a.h5").axes
+    assert [len(axis.steps) for axis in axes] == [5, 3] and axes[0].steps[-1] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["fisher", "--model", "x"], "the following arguments are required: --data, --out"),
+        (["landscape", "--points", "three"], "argument --points: invalid int value: 'three'"),
+        (["nonsense"], "invalid choice: 'nonsense'"),
+    ],
+)
+def test_usage_errors_are_one_line_and_exit_2(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(words)
+    error = capsys.readouterr().err
+    assert exit.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_errors_are_one_sentence(
+    flags: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", tmp_path / "out.h5"]
+    assert "points must be odd" in refused(capsys, "landscape", *flags, "--points", "4", *out)
+    assert "There is no file" in refused(capsys, "info", tmp_path / "none.h5")
+    assert "no built-in model 'builtin:none'" in refused(
+        capsys, "fisher", "--model", "builtin:none", "--data", "builtin:docs", *out
+    )
+    broken = tmp_path / "broken.txt"
+    broken.write_bytes(b"good \xff bad")
+    words = ["fisher", *flags[:2], "--data", broken, *out]
+    assert "broken.txt" in refused(capsys, *words) and "5" in refused(capsys, *words)
+    (tmp_path / "cut.h5").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(100))
+    assert "cut.h5" in refused(capsys, "plot", tmp_path / "cut.h5", "--out", tmp_path / "a.pdf")
+    assert not list(tmp_path.glob("out.h5*")) and not list(tmp_path.glob("a.pdf*"))
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        main(["info", str(tmp_path / "none.h5"), "--debug"])
+
+
+def test_mask_of_another_model_is_refused(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fs.Mask({"bert.embeddings.word_embeddings.weight": torch.ones(3, 2, dtype=torch.bool)}).save(tmp_path / "m.safetensors")
+    message = refused(capsys, "landscape", *flags, "--mask", tmp_path / "m.safetensors", "--out", tmp_path / "s.h5")
+    assert "'embeddings.word_embeddings.weight' has shape (3, 2) there but (65, 16) in the model" in message
+
+
+def test_mask_of_other_weights_warns_and_strict_refuses(
+    flags: list[str], folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, _ = fs.load_model(folder / "model", device="cpu")
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    fs.random_fraction(model, 0.5, seed=0).save(tmp_path / "m.safetensors")
+    words = ["landscape", *flags, "--mask", tmp_path / "m.safetensors", "--points", "3", "--out", tmp_path / "s.h5"]
+    assert "other weights" in refused(capsys, *words, "--strict")
+    assert run(*words) == 0
+    assert "other weights" in capsys.readouterr().err
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; from fisherscope.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    result = subprocess.run(
+        [sys.executable, "-c", code + "print(sorted({'torch', 'transformers', 'h5py', 'matplotlib'} & set(sys.modules)))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stdout.splitlines()[-1] == "[]"
+    assert all(command in result.stdout for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([command, "--help"])
+    assert exit.value.code == 0 and "--debug" in capsys.readouterr().out
+
+
+SLOWED = """
+import sys, time
+import fisherscope.fisher.run as run, fisherscope.landscape.scan as scan
+import fisherscope.fisher.engines as engines
+from fisherscope.cli import main
+run.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+losses = engines.example_losses
+def slow(*args):
+    time.sleep(0.02)
+    return losses(*args)
+engines.example_losses = scan.example_losses = slow
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["fisher", "landscape"])
+def test_killed_command_resumes_to_the_same_file(command: str, flags: list[str], tmp_path: Path) -> None:
+    words = [command, *flags, *(["--points", "7"] if command == "landscape" else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    out, whole = tmp_path / "killed.h5", tmp_path / "whole.h5"
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOWED, *words, "--out", str(out)], env=environment, stderr=subprocess.PIPE
+    )
+    done = _wait_for_progress(command, Path(f"{out}.part"), process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not out.exists() and done > 0
+    assert run("info", f"{out}.part") == 0
+    for target, extra in ((out, ["--resume"]), (whole, [])):
+        subprocess.run(
+            [sys.executable, "-m", "fisherscope", *words, *extra, "--out", str(target)],
+            env=environment, check=True, capture_output=True,
+        )  # fmt: skip
+    assert _contents(out) == _contents(whole)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def _wait_for_progress(command: str, part: Path, process: subprocess.Popen[bytes]) -> int:
+    """Wait until some of the work, but not all, is in the part file; returns how much."""
+    for _ in range(600):
+        assert process.poll() is None, process.stderr and process.stderr.read().decode()
+        time.sleep(0.05)
+        try:
+            with h5py.File(part, "r", locking=False) as file:
+                done = int(file.attrs["progress"][0]) if command == "fisher" else int(np.sum(file["evaluated"]))
+        except (OSError, KeyError):  # not there yet, or being written
+            continue
+        if done >= 2:
+            return done
+    raise AssertionError(f"no progress in {part}")
+
+
+def _contents(path: Path) -> dict[str, object]:
+    """Every data set and attribute, but for the provenance's command and time."""
+    found: dict[str, object] = {}
+
+    def visit(name: str, item: h5py.Dataset | h5py.Group | h5py.File) -> None:
+        for key, value in item.attrs.items():
+            if key == "provenance":
+                facts = json.loads(value)
+                found[f"{name}@{key}"] = {k: v for k, v in facts.items() if k not in ("command", "time")}
+            elif key not in ("REFERENCE_LIST", "DIMENSION_LIST"):  # addresses inside the file
+                found[f"{name}@{key}"] = np.asarray(value).tolist()
+        if isinstance(item, h5py.Dataset):
+            found[name] = np.asarray(item).tobytes()
+
+    with h5py.File(path, "r") as file:
+        visit("", file)
+        file.visititems(visit)
+    return found
