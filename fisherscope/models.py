@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .data.sources import OBJECTIVES, check_objective
 from .storage import digest
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ _AUTO_CLASSES = {
     "classification": "AutoModelForSequenceClassification",
     "regression": "AutoModelForSequenceClassification",
 }
-OBJECTIVES = tuple(_AUTO_CLASSES)
-
 _loaded: "weakref.WeakKeyDictionary[nn.Module, dict[str, Any]]" = weakref.WeakKeyDictionary()
 
 
@@ -66,7 +65,8 @@ def load_model(
     path = _resolve(str(name))
     with _one_sentence(str(name)):
         config = transformers.AutoConfig.from_pretrained(path, revision=revision)
-        objective = _known(objective) if objective else _objective_of_config(config, str(name))
+        objective = objective or _objective_of_config(config, str(name))
+        check_objective(objective)
         labels = _head_size(config, objective, num_labels, str(name))
         auto_class = getattr(transformers, _AUTO_CLASSES[objective])
         with torch.random.fork_rng(devices=[]), _quiet_loading(transformers):
@@ -121,12 +121,6 @@ def _resolve(name: str) -> str:
             f"There is no built-in model {name!r}; there are {', '.join(f'builtin:{k}' for k in known)}."
         )
     return str(folder)
-
-
-def _known(objective: str) -> str:
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}.")
-    return objective
 
 
 @contextlib.contextmanager

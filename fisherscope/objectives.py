@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._typing import Float, Int
-from .models import OBJECTIVES, device_of
-
-IGNORED = -100
+from .data.corruption import IGNORED
+from .data.sources import LABELLED_OBJECTIVES, check_objective
+from .models import device_of
 
 Batch = Mapping[str, Tensor]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
@@ -62,12 +62,11 @@ def example_losses(model: nn.Module, batch: Batch, objective: str | LossFunction
     batch = {name: value.to(device_of(model)) for name, value in batch.items()}
     if callable(objective):
         return _custom(objective(model, batch))
-    if objective not in OBJECTIVES:
-        raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {objective!r}.")
+    check_objective(objective)
     if "labels" not in batch:
         raise ValueError(f"The objective {objective} needs 'labels' in every batch, but it holds {sorted(batch)}.")
     labels = batch.pop("labels")
-    if objective in ("classification", "regression"):
+    if objective in LABELLED_OBJECTIVES:
         return _label_losses(_logits(model, batch), labels, objective)
     if objective == "causal-lm":
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)

@@ -1,11 +1,16 @@
 """Tiny models from configs, examples of unequal length, and the padding that makes batches of them."""
 
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import h5py
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -38,6 +43,50 @@ def _padded(examples: Sequence[Example]) -> dict[str, Tensor]:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING.get(name, 0))
 
     return {name: stacked(name) for name in examples[0]}
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Fails unless the block leaves every bit and every flag of the model as it was, also when it raises."""
+    before, gradients = _state(model), [p.grad for p in model.parameters()]
+    try:
+        yield
+    finally:
+        assert _state(model) == before
+        assert all(p.grad is old for p, old in zip(model.parameters(), gradients, strict=True))
+
+
+def _state(model: nn.Module) -> dict[str, object]:
+    tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    config = getattr(model, "config", None)
+    return {
+        "bits": [(id(tensor), tensor.detach().numpy().tobytes()) for tensor in tensors],
+        "training": [module.training for module in model.modules()],
+        "requires_grad": [parameter.requires_grad for parameter in model.parameters()],
+        "config": config and config.to_dict(),
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
+    }
+
+
+def contents(path: Path) -> dict[str, object]:
+    """Every dataset, attribute and order of an HDF5 file as bytes; provenance without what may differ between runs."""
+    found: dict[str, object] = {}
+
+    def note(name: str, item: h5py.Group | h5py.Dataset) -> None:
+        attributes = {k: _plain(k, v) for k, v in item.attrs.items() if k not in ("DIMENSION_LIST", "REFERENCE_LIST")}
+        data = (item.dtype, item.shape, item[()].tobytes()) if isinstance(item, h5py.Dataset) else list(item)
+        found[name] = data, attributes
+
+    with h5py.File(path) as file:
+        note("/", file)
+        file.visititems(note)
+    return found
+
+
+def _plain(key: str, value: object) -> object:
+    if key == "provenance":
+        return {k: v for k, v in json.loads(str(value)).items() if k not in ("command", "time")}
+    return np.asarray(value).tolist()
 
 
 class Interrupted(Exception):

@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import storage
+from ..data.sources import OBJECTIVES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..data import Batches
-
-OBJECTIVES = ("mlm", "causal-lm", "seq2seq-lm", "classification", "regression")
 
 
 def add_model_and_data_flags(parser: argparse.ArgumentParser) -> None:

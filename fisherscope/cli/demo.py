@@ -89,8 +89,8 @@ Fisher scores and loss surfaces of `builtin:bert` on held-out text, `builtin:doc
 
 ![Four loss surfaces](surfaces.png)
 
-- Scores: {scores.num_examples} examples, {scores.num_entries:,} entries; {100 * scores.share_holding(0.5):.2g} % of the entries
-  hold half of the summed Fisher information.
+- Scores: {scores.num_examples} examples, {scores.num_entries:,} entries; {100 * scores.share_holding(0.5):.2g} %
+  of the entries hold half of the summed Fisher information.
 - Loss of the model itself: **{surfaces[0].centre_loss:.4f}** nats per masked token (guessing uniformly: ln V =
   {references["uniform"]:.4f}; entropy of the masked tokens: {references["unigram"]:.4f}).
 

@@ -40,7 +40,8 @@ def mask_tokens(
     chosen = ordinary & (generator.random(len(tokens)) < probability)
     fate = generator.random(len(tokens))
     drawn = generator.integers(vocabulary_size - len(special), size=len(tokens))
-    random_tokens = drawn + np.searchsorted(special - np.arange(len(special)), drawn, side="right")  # steps over special
+    steps_over = np.searchsorted(special - np.arange(len(special)), drawn, side="right")  # special ids below
+    random_tokens = drawn + steps_over
     corrupted = np.where(chosen & (fate < 0.8), mask_id, tokens)
     corrupted = np.where(chosen & (fate >= 0.9), random_tokens, corrupted)
     return corrupted, np.where(chosen, tokens, IGNORED)

@@ -3,23 +3,12 @@
 Figures are laid out by hand from the top down and never touch pyplot, so nothing global changes.
 """
 
-import math
-import textwrap
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
-from matplotlib import patheffects
-from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
-from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
-from ._prepare import COLOURS, Layers, Line, Lines, Panel, Panels, Reference, Scale, columns
+from ._prepare import Panels
 
 COLUMN, PAGE = 3.3, 6.9  # inches: one column and the full text width of most journals
 LEVELS = 20  # bands of a contour map
