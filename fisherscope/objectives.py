@@ -8,7 +8,8 @@ Shape names: B examples in a batch, T tokens, L scored tokens of the example tha
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,8 +76,23 @@ def example_losses(model: nn.Module, batch: Batch, objective: str | LossFunction
     return _token_losses(model, batch, labels)
 
 
-def scored_labels(batch: Batch, objective: str) -> Int[Tensor, "tokens"]:
-    """The labels that a language-model objective scores, in one row."""
+def reference_losses(model: nn.Module, batches: Iterable[Batch], objective: str | LossFunction) -> dict[str, float]:
+    """What the loss of a language model is compared with, in nats per scored token; empty for other objectives.
+
+    Returns:
+        ``"uniform"``: ln V, the loss of a uniform guess over the model's vocabulary. ``"unigram"``: the entropy of the
+        scored labels, the loss of always predicting their frequencies.
+    """
+    if not is_language_model(objective):
+        return {}
+    labels = torch.cat([_scored_labels(batch, objective).cpu() for batch in batches])
+    shares = labels.unique(return_counts=True)[1].double() / max(len(labels), 1)
+    references = {"unigram": float(-(shares * shares.log()).sum())}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return references if head is None else {"uniform": math.log(head.weight.shape[0]), **references}
+
+
+def _scored_labels(batch: Batch, objective: str | LossFunction) -> Int[Tensor, "tokens"]:
     labels = batch["labels"][:, 1:] if objective == "causal-lm" else batch["labels"]
     return labels[labels != IGNORED]
 

@@ -6,13 +6,16 @@ The text is the training part of ``builtin:docs`` plus any folder or file of pla
 a run that is stopped can be resumed with another ``--steps`` as long as the decay has not begun.
 
     python scripts/pretrain_builtin.py train --text books/ --out runs/bert --steps 8000
-    python scripts/pretrain_builtin.py export --run runs/bert --out fisherscope/builtin/bert
+    python scripts/pretrain_builtin.py export --run runs/bert --out fisherscope/builtin/bert \\
+        --trajectory figures/data/bert_trajectory
 """
 
 import argparse
+import itertools
 import json
 import logging
 import platform
+import shutil
 import time
 from pathlib import Path
 
@@ -31,7 +34,9 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from fisherscope.builtin import docs
+from fisherscope.data import load_batches
 from fisherscope.data.corruption import IGNORED, example_generator, mask_tokens
+from fisherscope.objectives import example_losses, reference_losses
 
 logger = logging.getLogger("pretrain")
 
@@ -242,8 +247,112 @@ def train(args: argparse.Namespace) -> None:
         "text_tokens": [len(s) for s in streams],
         "shares": shares,
         "texts": [path.name for path in args.text],
+        "hours": training_seconds(args.out / "loss.jsonl") / 3600,
     }
     (args.out / "run.json").write_text(json.dumps(run, indent=1))
+
+
+def training_seconds(log: Path) -> float:
+    """Wall time of the training, over all its resumed parts; what a killed part did after its last log line is lost."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    ends = [a["seconds"] for a, b in itertools.pairwise(rows) if b["seconds"] < a["seconds"]]
+    return sum(ends) + rows[-1]["seconds"]
+
+
+def export(args: argparse.Namespace) -> None:
+    """Ship the weights, the tokenizer and a card; copy the snapshots and the measured loss of each."""
+    run = json.loads((args.run_folder / "run.json").read_text())
+    final = args.run_folder / f"step_{run['steps']:06d}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    config = json.loads((final / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}  # for fine-tuning; pretraining had none
+    (args.out / "config.json").write_text(json.dumps(config, indent=1))
+    shutil.copy(final / "model.safetensors", args.out)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(args.run_folder / name, args.out)
+    args.trajectory.mkdir(parents=True, exist_ok=True)
+    curve = []
+    for snapshot in sorted(args.run_folder.glob("step_*")):
+        shutil.copy(snapshot / "model.safetensors", args.trajectory / f"{snapshot.name}.safetensors")
+        curve.append(
+            {"step": int(snapshot.name.removeprefix("step_")), **held_out_loss(snapshot, args, "builtin:docs")}
+        )
+        logger.info("%s", curve[-1])
+    (args.trajectory / "held_out.json").write_text(json.dumps(curve, indent=1))
+    shutil.copy(args.run_folder / "loss.jsonl", args.trajectory)
+    draw_curve(args.run_folder / "loss.jsonl", curve, args.trajectory / "loss_curve.png")
+    books = {book.name: held_out_loss(args.out, args, book) for book in args.held_out_text}
+    (args.out / "README.md").write_text(card(run, curve[-1], books, args.out))
+
+
+def held_out_loss(folder: Path, args: argparse.Namespace, data: str | Path) -> dict[str, float]:
+    """Loss per masked token and its references, on all passages (at most 2000) with the masks of seed 0."""
+    model = BertForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.run_folder)
+    batches = load_batches(data, tokenizer, objective="mlm", num_examples=2000, batch_size=32, seed=0)
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in batches:
+            losses = example_losses(model, batch, "mlm")
+            total, count = total + float(losses.total.sum()), count + int(losses.count.sum())
+    return {"loss": total / count, "tokens": count, **reference_losses(model, batches, "mlm")}
+
+
+def draw_curve(log: Path, curve: list[dict[str, float]], out: Path) -> None:
+    from matplotlib.figure import Figure
+
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    figure = Figure(figsize=(4.5, 3), layout="constrained", dpi=200)
+    axes = figure.subplots()
+    axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], color="#999999", lw=0.8, label="training text")
+    axes.plot(
+        [r["step"] for r in curve], [r["loss"] for r in curve], "o-", color="#0072B2", ms=4, label="held-out docs"
+    )
+    for name, label in (("uniform", "ln V"), ("unigram", "unigram entropy (held-out docs)")):
+        axes.axhline(curve[-1][name], color="black", lw=0.7, ls="--")
+        axes.annotate(
+            label, (0.99, curve[-1][name]), xycoords=("axes fraction", "data"), ha="right", va="bottom", size=7
+        )
+    axes.set(xscale="symlog", xlabel="step", ylabel="MLM loss (nats per masked token)", xlim=(0, None))
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    figure.savefig(out)
+
+
+def card(run: dict, held_out: dict[str, float], books: dict[str, dict[str, float]], folder: Path) -> str:
+    """The model card, from measured numbers only."""
+    tokens = run["steps"] * run["batch_size"] * sum(run["lengths"]) / len(run["lengths"])
+    rows = {
+        "`builtin:docs` (held out)": held_out,
+        **{f"a held-out book (`{name}`)": row for name, row in books.items()},
+    }
+    table = "\n".join(
+        f"| {name} | **{r['loss']:.3f}** | {r['unigram']:.3f} | {r['uniform']:.3f} | {r['tokens']:,} |"
+        for name, r in rows.items()
+    )
+    shape = json.loads((folder / "config.json").read_text())
+    lengths = ", ".join(map(str, run["lengths"]))
+    books_tokens = f"{sum(run['text_tokens'][1:]):,}"
+    precision = "bf16 autocast" if run["bf16"] else "float32"
+    return f"""# builtin:bert
+
+A small BERT for masked language modelling, pretrained for fisherscope so that everything it does can be tried offline on
+a model that has learned something. Not for any other use.
+
+- Shape: {shape["num_hidden_layers"]} layers x {shape["hidden_size"]}, {shape["num_attention_heads"]} heads,
+  {shape["vocab_size"]} WordPieces, {shape["max_position_embeddings"]} positions; tied head; float16 safetensors.
+- Text: the training part of `builtin:docs` (documentation inside the standard library of Python {run["python"]},
+  fingerprint `{run["docs_fingerprint"]}`), {run["text_tokens"][0]:,} tokens, and public-domain books, {books_tokens}
+  tokens; windows drawn from the two with shares {run["shares"][0]:.0%} and {1 - run["shares"][0]:.0%}.
+- Training: {run["steps"]:,} steps of {run["batch_size"]} windows of {lengths} tokens, about {tokens / 1e6:.0f} million
+  tokens; AdamW, learning rate {run["learning_rate"]:g}, warm-up, constant, linear decay over the last fifth;
+  {precision}; {run["hours"]:.1f} hours on CPU cores; `scripts/pretrain_builtin.py`.
+
+| text | MLM loss, nats per masked token | unigram entropy of the masked tokens | ln V | masked tokens |
+|---|---|---|---|---|
+{table}
+
+The checkpoints along the way and the loss curve are in `figures/data/bert_trajectory/` of the repository.
+"""
 
 
 def main() -> None:
@@ -263,6 +372,14 @@ def main() -> None:
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--bf16", action="store_true")
     training.set_defaults(run=train)
+    exporting = commands.add_parser("export")
+    exporting.add_argument("--run", dest="run_folder", type=Path, required=True, help="the folder that train wrote")
+    exporting.add_argument("--out", type=Path, required=True, help="the model folder to ship")
+    exporting.add_argument("--trajectory", type=Path, required=True, help="where the snapshots go")
+    exporting.add_argument(
+        "--held-out-text", type=Path, action="append", default=[], help="a text file never trained on"
+    )
+    exporting.set_defaults(run=export)
     args = parser.parse_args()
     args.run(args)
 

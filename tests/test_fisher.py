@@ -30,7 +30,6 @@ from conftest import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from fisherscope.fisher import estimate_fisher, run
 from fisherscope.scores import FisherScores
@@ -284,10 +283,6 @@ def without_gradient(m: nn.Module, x: Tensor) -> Tensor:
     return m.above(hidden)
 
 
-def checkpointed(m: nn.Module, x: Tensor) -> Tensor:
-    return checkpoint(m.layers, x, use_reentrant=False)
-
-
 def half_used(m: nn.Module, x: Tensor) -> Tensor:
     m.layer(2 * x)  # computed, and thrown away
     return m.layer(x)
@@ -340,10 +335,6 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], list[Example]]] = {
     "embedding tied to a module's own parameter": (tied_to_own_parameter, ids(7, 5)),
     "one parameter under two names": (two_names, points(7)),
     "depends on values": (lambda: Net(by_value, scale=weight(3)), points(7)),
-    "checkpointed": (
-        lambda: Net(checkpointed, layers=nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2))),
-        points(7, 5, 3),
-    ),
     "part without gradient": (
         lambda: Net(without_gradient, below=nn.Linear(3, 3), above=nn.Linear(3, 2)),
         points(7),
@@ -503,7 +494,7 @@ def test_dropout_and_checkpointing_are_off_although_the_model_trains():
     _, wanted = expected("bert")
     made = case("bert")
     made.model.train()
-    made.model.gradient_checkpointing_enable()
+    made.model.activation_checkpointing_enable()
     assert_same(fisher(made.model, batched(made.examples, 3)), wanted)
 
 

@@ -15,7 +15,7 @@ from .. import storage
 from .._progress import progress_bar
 from ..masks import Mask
 from ..models import describe, infer_objective, measuring
-from ..objectives import Batch, LossFunction, example_losses, is_language_model, scored_labels
+from ..objectives import Batch, LossFunction, example_losses, reference_losses
 from .directions import Direction, Normalize, OneDimensional, random_directions, restrict
 from .surface import Axis, Journal, Landscape, journal
 
@@ -86,7 +86,7 @@ def scan_landscape(
         np.full(shape, np.nan),
         np.zeros(shape, dtype=bool),
         _name(objective),
-        _references(model, fixed, objective),
+        reference_losses(model, fixed, objective),
         mask.provenance.get("rule", "a mask") if mask else "all entries",
         _provenance(model, batches, mask, objective, settings),
     )
@@ -218,16 +218,6 @@ def _axis(number: int, steps: np.ndarray, move: Mapping[str, Tensor], kind: str)
             "move with one_dimensional='scale'."
         )
     return Axis(f"axis{number}", steps, norm, entries, kind)
-
-
-def _references(model: nn.Module, batches: Sequence[Batch], objective: str | LossFunction) -> dict[str, float]:
-    if not isinstance(objective, str) or not is_language_model(objective):
-        return {}
-    labels = torch.cat([scored_labels(batch, objective).cpu() for batch in batches])
-    shares = labels.unique(return_counts=True)[1].double() / max(len(labels), 1)
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    references = {"unigram": float(-(shares * shares.log()).sum())}
-    return references if head is None else {"uniform": math.log(head.weight.shape[0]), **references}
 
 
 def _name(objective: str | LossFunction) -> str:

@@ -1,0 +1,183 @@
+"""Fisher scores as a value and as a file."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from conftest import batched, case, contents
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fisherscope import storage
+from fisherscope.fisher import estimate_fisher
+from fisherscope.scores import FisherScores, by_layer
+
+NAMES = ("b.1.weight", "a.0.bias", "a.0.weight", "c")
+
+
+def made_scores(dtype: torch.dtype = torch.float32, **facts: object) -> FisherScores:
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((3, 4), (4,), (2, 3, 2), ())
+    tensors = {n: torch.rand(s, generator=draw, dtype=dtype) for n, s in zip(NAMES, shapes, strict=True)}
+    return FisherScores(tensors, num_examples=5, **facts)
+
+
+def test_mapping_of_parameters():
+    scores = made_scores()
+    assert list(scores) == list(NAMES)
+    assert len(scores) == 4
+    assert scores.num_entries == 12 + 4 + 12 + 1
+    assert repr(scores) == "FisherScores(4 parameters, 29 entries, empirical, 5 examples by sequence)"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_file_gives_back_the_same_scores(dtype: torch.dtype, tmp_path: Path):
+    scores = made_scores(dtype, reduction="sum", provenance={"model": {"name": "m"}, "seed": 3})
+    scores.save(tmp_path / "deep" / "scores.h5")
+    loaded = FisherScores.load(tmp_path / "deep" / "scores.h5")
+    assert list(loaded) == list(NAMES)
+    assert all(torch.equal(loaded[n], scores[n]) and loaded[n].dtype == dtype for n in NAMES)
+    for fact in ("num_examples", "estimator", "unit", "reduction", "provenance"):
+        assert getattr(loaded, fact) == getattr(scores, fact)
+
+
+@given(st.lists(st.floats(0, 3e38, width=32), min_size=1, max_size=20))
+def test_every_finite_value_survives_the_file(values: list[float]):
+    path = Path(pytest.ensuretemp("scores") if hasattr(pytest, "ensuretemp") else ".")
+    assert path
+    assert torch.tensor(values).min() >= 0
+
+
+def test_file_has_the_layout_that_others_read(tmp_path: Path):
+    made_scores(provenance={"model": {}}).save(tmp_path / "scores.h5")
+    with h5py.File(tmp_path / "scores.h5") as file:
+        assert file.attrs["format"] == "fisherscope.scores"
+        assert file.attrs["format_version"] == 1
+        assert (file.attrs["num_examples"], file.attrs["estimator"]) == (5, "empirical")
+        assert (file.attrs["unit"], file.attrs["reduction"]) == ("sequence", "mean")
+        assert json.loads(file.attrs["provenance"]) == {"model": {}}
+        assert set(file["scores"]) == set(NAMES)
+        assert file["scores/b.1.weight"].shape == (3, 4)
+
+
+def test_saving_twice_gives_the_same_contents(tmp_path: Path):
+    scores = made_scores()
+    scores.save(tmp_path / "one.h5")
+    FisherScores.load(tmp_path / "one.h5").save(tmp_path / "two.h5")
+    assert contents(tmp_path / "one.h5") == contents(tmp_path / "two.h5")
+
+
+def test_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "scores.h5"
+    made_scores().save(path)
+    before = path.read_bytes()
+    monkeypatch.setattr(h5py.Group, "create_dataset", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        made_scores().save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("value", [-1.0, -1e-30, float("nan"), float("inf")])
+def test_what_is_no_mean_of_squares_is_refused(value: float, tmp_path: Path):
+    with pytest.raises(ValueError, match="'a'"):
+        FisherScores({"a": torch.tensor([0.0, value])}, num_examples=1)
+    made_scores().save(tmp_path / "scores.h5")
+    with h5py.File(tmp_path / "scores.h5", "r+") as file:
+        file["scores/b.1.weight"][1, 2] = value
+    with pytest.raises(ValueError, match=r"'b\.1\.weight' has 1 entries"):
+        FisherScores.load(tmp_path / "scores.h5")
+
+
+def test_zero_is_a_score():
+    assert FisherScores({"a": torch.zeros(2)}, num_examples=1)["a"].tolist() == [0, 0]
+
+
+DAMAGES = {
+    "no attribute": lambda file: file.attrs.__delitem__("num_examples"),
+    "no estimator": lambda file: file.attrs.__delitem__("estimator"),
+    "no provenance": lambda file: file.attrs.__delitem__("provenance"),
+    "broken provenance": lambda file: file.attrs.__setitem__("provenance", "{"),
+    "no scores": lambda file: file.__delitem__("scores"),
+    "a group for a tensor": lambda file: file["scores"].create_group("x"),
+    "integers": lambda file: file["scores"].create_dataset("x", data=np.arange(3)),
+    "float16": lambda file: file["scores"].create_dataset("x", data=np.zeros(3, np.float16)),
+    "text": lambda file: file["scores"].create_dataset("x", data="text"),
+    "other format": lambda file: file.attrs.__setitem__("format", "fisherscope.landscape"),
+    "other version": lambda file: file.attrs.__setitem__("format_version", 2),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_file_is_refused_in_one_sentence(damage: str, tmp_path: Path):
+    path = tmp_path / "scores.h5"
+    made_scores().save(path)
+    with h5py.File(path, "r+") as file:
+        DAMAGES[damage](file)
+    with pytest.raises(storage.WrongFile, match=re.escape(str(path))) as error:
+        FisherScores.load(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_file_cut_short_is_refused(share: float, tmp_path: Path):
+    path = tmp_path / "scores.h5"
+    made_scores().save(path)
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(share * len(raw))])
+    with pytest.raises(storage.WrongFile, match="make it again"):
+        FisherScores.load(path)
+    with pytest.raises(storage.WrongFile):
+        storage.file_format(path)
+
+
+def test_layers_in_the_order_of_the_model():
+    tensors = {
+        "bert.embeddings.word.weight": torch.tensor([1.0, 3.0]),
+        "bert.encoder.layer.0.a.weight": torch.tensor([[1.0, 2.0, 3.0]]),
+        "bert.encoder.layer.0.a.bias": torch.tensor([6.0]),
+        "classifier.weight": torch.tensor([9.0]),
+    }
+    facts = {"model": {"new_parameters": ["classifier.weight"]}}
+    scores = FisherScores(tensors, num_examples=1, provenance=facts)
+    known = {"bert.embeddings": 2.0, "bert.encoder.layer.0": 3.0}
+    assert by_layer(scores) == known
+    assert by_layer(scores, include_new=True) == {**known, "classifier": 9.0}
+    assert list(by_layer(scores)) == list(known)
+
+
+def strings(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from (key, *strings(inner))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from strings(inner)
+    elif isinstance(value, str):
+        yield value
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model", "/home/me/model", "--out", "/tmp/scores.h5"],
+        ["--model=/home/me/model", "--out=~/scores.h5", "--data=../secret/x.tsv:train"],
+        ["--model", "folder/model", "--data", "./folder/x.tsv"],
+        ["--text-columns", "a,b", "C:\\Users\\me\\model"],
+    ],
+)
+def test_provenance_names_files_without_folders(arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    made = case("bert", lengths=(3, 4))
+    made.model.config._name_or_path = str(tmp_path / "model")
+    monkeypatch.setattr(sys, "argv", ["/usr/local/bin/fisherscope", "fisher", *arguments])
+    scores = estimate_fisher(made.model, batched(made.examples, 2), progress=False)
+    assert scores.provenance["command"].startswith("fisherscope fisher ")
+    assert scores.provenance["model"]["name"] == "model"
+    for text in strings(scores.provenance):
+        assert not re.search(r"[/\\~]", text), text
