@@ -104,19 +104,25 @@ def open_hdf5(path: str | Path, format_name: str) -> Iterator["h5py.File"]:
         FileNotFoundError: If there is no such file.
         WrongFile: If it cannot be read as HDF5, or holds another format or version.
     """
+    path = Path(path)
+    with _open_any_hdf5(path) as file:
+        check_header(path, format_name, file.attrs.get("format"), file.attrs.get("format_version"))
+        yield file
+
+
+@contextlib.contextmanager
+def _open_any_hdf5(path: Path) -> Iterator["h5py.File"]:
     import h5py
 
-    path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     if not h5py.is_hdf5(path):
-        raise WrongFile(f"{path} should be a {format_name} file, but it is not HDF5 or was cut short; make it again.")
+        raise WrongFile(f"{path} should be an HDF5 file, but it is not, or was cut short; make it again.")
     try:
         with h5py.File(path, "r") as file:
-            check_header(path, format_name, file.attrs.get("format"), file.attrs.get("format_version"))
             yield file
     except OSError as error:
-        raise WrongFile(f"{path} is damaged and cannot be read ({error}); make it again.") from error
+        raise WrongFile(f"{path} is damaged and cannot be read; make it again.") from error
 
 
 def check_header(path: Path, format_name: str, found: object, version: object) -> None:
@@ -142,15 +148,10 @@ def file_format(path: str | Path) -> str:
         WrongFile: If it is none of ours.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}.")
-    import h5py
-
-    if h5py.is_hdf5(path):
-        with h5py.File(path, "r") as file:
-            found = file.attrs.get("format", "")
-    else:
-        found = "fisherscope.mask" if path.name.removesuffix(".part").endswith(".safetensors") else ""
-    if not str(found).startswith("fisherscope."):
+    if path.name.removesuffix(".part").endswith(".safetensors") and path.is_file():
+        return "fisherscope.mask"
+    with _open_any_hdf5(path) as file:
+        found = str(file.attrs.get("format", ""))
+    if not found.startswith("fisherscope."):
         raise WrongFile(f"{path} is not a file of fisherscope: scores and landscapes are HDF5, masks safetensors.")
-    return str(found)
+    return found

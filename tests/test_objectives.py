@@ -1,12 +1,16 @@
 """Per-example losses against the formula applied to full logits."""
 
+import math
+from collections import Counter
+
 import pytest
 import reference
 import torch
-from conftest import IGNORED, batched, built, case, untouched
+from conftest import IGNORED, VOCABULARY, batched, built, case, untouched
+from reference import Objective
 from torch import Tensor, nn
 
-from fisherscope.objectives import ExampleLosses, example_losses, is_language_model, scored_labels
+from fisherscope.objectives import ExampleLosses, example_losses, is_language_model, reference_losses
 
 FAMILIES = ("bert", "gpt2", "t5", "llama", "albert", "bert-classifier", "bert-regressor")
 
@@ -133,10 +137,19 @@ def test_labels_shorter_or_longer_than_the_logits_are_refused(name: str):
             example_losses(made.model, {**batch, "labels": labels}, made.objective)
 
 
-def test_scored_labels():
-    labels = torch.tensor([[3, IGNORED, 4], [IGNORED, 5, IGNORED]])
-    assert scored_labels({"labels": labels}, "mlm").tolist() == [3, 4, 5]
-    assert scored_labels({"labels": labels}, "causal-lm").tolist() == [4, 5]
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_what_a_language_model_is_compared_with(name: str):
+    made = case(name)
+    labels = [e["labels"][1:] if made.objective == "causal-lm" else e["labels"] for e in made.examples]
+    counts = Counter(int(label) for row in labels for label in row if label != IGNORED)
+    entropy = -sum(n / counts.total() * math.log(n / counts.total()) for n in counts.values())
+    found = reference_losses(made.model, batched(made.examples, 3), made.objective)
+    assert found == {"uniform": math.log(VOCABULARY), "unigram": pytest.approx(entropy, rel=1e-12)}
+
+
+@pytest.mark.parametrize("objective", ["classification", "regression", lambda m, b: b["x"]])
+def test_nothing_to_compare_other_losses_with(objective: Objective):
+    assert reference_losses(nn.Linear(1, 1), [], objective) == {}
 
 
 def test_which_objectives_are_in_nats_per_token():

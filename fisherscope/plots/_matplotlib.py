@@ -4,8 +4,8 @@ Figures are laid out by hand from the top down and never touch pyplot, so nothin
 """
 
 import math
-import textwrap
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Colormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.font_manager import FontProperties
+from matplotlib.ticker import EngFormatter, MaxNLocator
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from .._typing import Float
@@ -25,11 +27,12 @@ from ._prepare import COLOURS, Layers, Lines, Panel, Panels, Reference, Scale, c
 
 COLUMN, PAGE = 3.3, 6.9  # inches: one column and the full text width of most journals
 LEVELS = 20  # bands of a contour map
+HEIGHT = 0.6  # of the box around a surface, by its sides
 
 _TITLE, _BODY = 8.0, 7.0  # points
-_LINE = 0.125  # inches from one line of body text to the next
-_LETTER = 0.06  # inches that a letter of body text takes on average
+_LINE = 0.117  # inches from one line of body text to the next
 _BAR, _BAR_LABELS = 0.10, 0.52  # inches: the colour bar, and what stands to its right
+_RULER_DPI = 300
 _QUIET = "0.35"
 _ABOVE = "0.82"  # where a map is cut
 _DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
@@ -62,7 +65,7 @@ _STYLE = {key: value for key, value in matplotlib.rcParamsDefault.items() if not
 @matplotlib.rc_context(_STYLE)
 def surface(panels: Panels) -> Figure:
     """One 3-D surface per landscape, from one camera, cut where the scale ends."""
-    page = _Page(panels, most=3, aspect=0.84)
+    page = _Page(panels, most=3, aspect=0.74, below=0.2)
     for panel, axes in page.axes(projection="3d", computed_zorder=False):
         _draw_surface(axes, panel, panels.scale)
     return page.finished(_colours())
@@ -71,7 +74,7 @@ def surface(panels: Panels) -> Figure:
 @matplotlib.rc_context(_STYLE)
 def contour(panels: Panels) -> Figure:
     """One filled contour map per landscape; grey where the scale ends, hatched where there is no number."""
-    page = _Page(panels, most=4, aspect=1.0, left=0.42, between=0.12, below=0.42)
+    page = _Page(panels, most=4, aspect=1.0, left=0.48, between=0.12, below=0.42)
     shared = len({tuple(step for s in panel.steps for step in s[[0, -1]]) for panel in panels.panels}) == 1
     for number, (panel, axes) in enumerate(page.axes()):
         _draw_contour(axes, panel, panels.scale)
@@ -113,7 +116,7 @@ def sorted_scores(lines: Lines) -> Figure:
     single.axes.set(xlabel=lines.x_label, ylabel=lines.y_label)
     single.axes.margins(x=0.01)
     if lines.is_log:
-        _set_log(single.axes, single.axes.yaxis)
+        single.axes.set_yscale("log")
     if lines.is_share:
         single.axes.set_xlim(0, 1)
     else:
@@ -124,7 +127,7 @@ def sorted_scores(lines: Lines) -> Figure:
 @matplotlib.rc_context(_STYLE)
 def layer_scores(layers: Layers) -> Figure:
     """Mean score by layer, the first at the top; dots, since a logarithmic axis has no zero for bars to stand on."""
-    left, height = 0.12 + _LETTER * max(map(len, layers.labels)), 0.1 + 0.15 * len(layers.labels)
+    left, height = 0.15 + max(map(_text_width, layers.labels)), 0.1 + 0.15 * len(layers.labels)
     single = _Single([series.title for series in layers.series], layers.notes, left=left, height=height)
     for number, series in enumerate(layers.series):
         style = single.style(number) | {"linestyle": "none", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 3.5}
@@ -133,7 +136,7 @@ def layer_scores(layers: Layers) -> Figure:
     single.axes.set(xlabel=layers.value_label, ylim=(len(layers.labels) - 0.5, -0.5))
     single.axes.grid(axis="y", color="0.85", linewidth=0.5)
     single.axes.tick_params(axis="y", length=0)
-    _set_log(single.axes, single.axes.xaxis)
+    single.axes.set_xscale("log")
     return single.finished()
 
 
@@ -164,7 +167,7 @@ class _Page:
         self.rows = math.ceil(count / self.across)
         self.width = COLUMN if count == 1 else PAGE
         self.marks = _inside(panels.references, panels.scale)
-        marked = max((_LETTER * len(word) for mark in self.marks for word in mark.label.split()), default=0.0)
+        marked = max((_text_width(_narrow(mark.label)) for mark in self.marks), default=0.0)
         self.bar_left = self.width - _BAR_LABELS - _BAR
         self.left, self.between = left, between
         self.panel_width = (self.bar_left - marked - 0.12 - left - between * (self.across - 1)) / self.across
@@ -190,8 +193,8 @@ class _Page:
         bar = self.figure.colorbar(mappable, axes, extend="max" if scale.is_cut else "neither", label=scale.label)
         _set_ticks(bar.ax.yaxis, scale)
         for mark in self.marks:
-            bar.ax.axhline(mark.value, color="white", linewidth=1.2)
-            bar.ax.text(-0.3, mark.value, mark.label.replace(" ", "\n"), ha="right", va="center",
+            bar.ax.axhline(mark.value, color="black", linewidth=0.8, path_effects=_outline())
+            bar.ax.text(-0.3, mark.value, _narrow(mark.label), ha="right", va="center",
                         transform=bar.ax.get_yaxis_transform())  # fmt: skip
         self._text(0.05, self.height - 0.04 - _text_height(self.note), self.note, color=_QUIET)
         return self.figure
@@ -223,7 +226,7 @@ class _Single:
     """
 
     def __init__(self, names: Sequence[str], notes: Sequence[str], *, left: float = 0.55, height: float = 1.9) -> None:
-        self.names = ["\n".join(_wrapped(line, COLUMN - 0.5, _BODY) for line in name.split("\n")) for name in names]
+        self.names = ["\n".join(_wrapped(line, COLUMN - 0.5) for line in name.split("\n")) for name in names]
         self.note = _paragraphs(notes, COLUMN)
         legend = sum(map(_text_height, self.names)) + 0.03 * len(names) if len(names) > 1 else 0.0
         above = 0.08 if len(names) > 1 else 0.12 + _text_height(self.names[0])
@@ -248,7 +251,7 @@ class _Single:
         else:
             title, *rest = self.names[0].split("\n")
             self.axes.set_title("\n".join(rest), fontsize=_BODY, color=_QUIET, pad=3)
-            up = 4 + _text_height("\n".join(rest)) * 72
+            up = 3 + _text_height("\n".join(rest)) * 72
             self.axes.annotate(title, (0.5, 1), (0, up), xycoords="axes fraction", textcoords="offset points",
                                ha="center", va="bottom", size=_TITLE)  # fmt: skip
         self.figure.text(0.05 / COLUMN, (0.04 + _text_height(self.note)) / self.height, self.note, color=_QUIET, va="top")
@@ -286,22 +289,25 @@ def _draw_surface(axes: Any, panel: Panel, scale: Scale) -> None:
     axes.set(xlim=x[[0, -1]], ylim=y[[0, -1]], zlim=(scale.low, scale.high))
     polygons = clipped_cells(x, y, panel.losses, scale.high)
     if polygons:
-        colours = _shaded(polygons, np.array([np.ptp(x), np.ptp(y), np.ptp((scale.low, scale.high)) / 0.7]), scale)
+        colours = _shaded(polygons, np.array([np.ptp(x), np.ptp(y), np.ptp((scale.low, scale.high)) / HEIGHT]), scale)
         edges = 0.75 * colours if len(polygons) <= 1000 else colours
         axes.add_collection3d(Poly3DCollection(polygons, facecolors=colours, edgecolors=edges, linewidths=0.2, rasterized=True))
     _mark_centre_3d(axes, panel, scale)
-    axes.view_init(elev=30, azim=-52)
-    axes.set_box_aspect((1, 1, 0.7), zoom=1.0)
-    axes.tick_params(pad=-3, length=0)
-    axes.set_xlabel("step along direction 1", labelpad=-9)
-    axes.set_ylabel("step along direction 2", labelpad=-9)
-    axes.set_zlabel(scale.metric, labelpad=-9)
+    axes.view_init(elev=36, azim=-52)
+    axes.set_box_aspect((1, 1, HEIGHT), zoom=1.1)
+    axes.tick_params(pad=-3)
+    axes.set_xlabel("step along direction 1", labelpad=-7)
+    axes.set_ylabel("step along direction 2", labelpad=-7)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
         axis.set_pane_color("0.97")
         axis.line.set(color="0.5", linewidth=0.5)
         axis._axinfo["grid"].update(color="0.85", linewidth=0.4)  # the only way to thin the grid of 3-D axes
-        axis.set_major_locator(MaxNLocator(4))
-    _set_ticks(axes.zaxis, scale)
+    _set_step_ticks(axes.xaxis, x)
+    _set_step_ticks(axes.yaxis, y)
+    ticks = scale.ticks or [(tick, f"{tick:g}") for tick in MaxNLocator(4, steps=[1, 2, 5, 10]).tick_values(scale.low, scale.high)]
+    axes.zaxis.set_ticks([t for t, _ in ticks], [text for _, text in ticks])
+    axes.set_zlim(scale.low, scale.high)
+    axes.set_zlabel(scale.metric, labelpad=-9 + 72 * max(_text_width(text) for _, text in ticks)/2)
 
 
 def _shaded(polygons: Sequence[np.ndarray], box: np.ndarray, scale: Scale) -> np.ndarray:
@@ -330,14 +336,29 @@ def _draw_contour(axes: Axes, panel: Panel, scale: Scale) -> None:
         levels = np.linspace(scale.low, scale.high, LEVELS + 1)
         axes.contourf(x, y, panel.losses.T, levels, cmap=_colours(LEVELS), extend="max" if scale.is_cut else "neither")
     for reference in panel.references:
-        lines = axes.contour(x, y, panel.losses.T, [reference.value], colors="black", linewidths=0.8)
-        for text in axes.clabel(lines, fmt=reference.label, fontsize=_BODY, inline=True):
-            text.set_path_effects(_outline())
+        _draw_level(axes, panel, reference)
     if panel.centre is not None:
         axes.plot(0, 0, "o", color="black", markersize=2.5, markeredgecolor="white", markeredgewidth=0.5)
         axes.annotate("θ", (0, 0), (3, 2), textcoords="offset points", path_effects=_outline())
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(4))
+    _set_step_ticks(axes.xaxis, x)
+    _set_step_ticks(axes.yaxis, y)
+    first, *_, last = axes.get_xticklabels()  # turned inwards, so that they do not touch the next panel's
+    first.set_ha("left")
+    last.set_ha("right")
+
+
+def _draw_level(axes: Axes, panel: Panel, reference: Reference) -> None:
+    """A line where the loss has a value, named once even if every piece is shorter than its name."""
+    lines = axes.contour(*panel.steps, panel.losses.T, [reference.value], colors="black", linewidths=0.8)
+    lines.set_path_effects(_outline())
+    texts = list(axes.clabel(lines, fmt=reference.label, fontsize=_BODY))
+    if not texts:
+        points = lines.get_paths()[0].vertices
+        x, y = points[np.hypot(*points.T).argmin()]
+        sides = {"ha": "right" if x > 0 else "left", "va": "top" if y > 0 else "bottom"}
+        texts = [axes.annotate(reference.label, (x, y), (-2 * np.sign(x), -2 * np.sign(y)), textcoords="offset points", **sides)]
+    for text in texts:
+        text.set_path_effects(_outline())
 
 
 def _mark_level(axes: Axes, reference: Reference) -> None:
@@ -351,10 +372,10 @@ def _set_ticks(axis: Axis, scale: Scale) -> None:
         axis.set_ticks([position for position, _ in scale.ticks], [text for _, text in scale.ticks])
 
 
-def _set_log(axes: Axes, axis: Axis) -> None:
-    axes.set_yscale("log") if axis is axes.yaxis else axes.set_xscale("log")
-    axis.set_major_locator(LogLocator(numticks=7))
-    axis.set_minor_locator(NullLocator())
+def _set_step_ticks(axis: Axis, steps: np.ndarray) -> None:
+    """Both ends and the model itself, if it is on the axis."""
+    ticks = [step for step in (steps[0], 0.0, steps[-1]) if steps[0] <= step <= steps[-1]]
+    axis.set_ticks(ticks, [f"{step:g}".replace("-", "\N{MINUS SIGN}") for step in ticks])
 
 
 def _inside(references: Sequence[Reference], scale: Scale) -> list[Reference]:
@@ -367,16 +388,38 @@ def _colours(levels: int | None = None) -> Colormap:
 
 def _outline() -> list[patheffects.AbstractPathEffect]:
     """A white rim that keeps text readable on any colour."""
-    return [patheffects.withStroke(linewidth=1.5, foreground="white", alpha=0.8)]
+    return [patheffects.withStroke(linewidth=1.2, foreground="white", alpha=0.9)]
 
 
-def _wrapped(text: str, width: float, size: float) -> str:
-    """Text broken into lines of a width in inches."""
-    return textwrap.fill(text, max(8, int(width / (_LETTER * size / _BODY))))
+def _narrow(label: str) -> str:
+    """A name beside the colour bar, its words below each other if it is long."""
+    return label.replace(" ", "\n") if len(label) > 8 else label
+
+
+def _wrapped(text: str, width: float, size: float = _BODY) -> str:
+    """Text broken into lines of at most a width in inches, if its words allow."""
+    first, *words = text.split(" ")
+    lines = [first]
+    for word in words:
+        longer = f"{lines[-1]} {word}"
+        lines[-1:] = [longer] if _text_width(longer, size) <= width else [lines[-1], word]
+    return "\n".join(lines)
 
 
 def _paragraphs(notes: Sequence[str], width: float) -> str:
-    return "\n".join(_wrapped(note, width - 0.1, _BODY) for note in notes)
+    return "\n".join(_wrapped(note, width - 0.1) for note in notes)
+
+
+@cache
+def _text_width(text: str, size: float = _BODY) -> float:
+    """Inches that text takes in the font of all figures, its longest line if there are several."""
+    font = FontProperties(family=_OWN["font.family"], size=size)
+    return max(_ruler().get_text_width_height_descent(line, font, False)[0] for line in text.split("\n")) / _RULER_DPI
+
+
+@cache
+def _ruler() -> RendererAgg:
+    return RendererAgg(1, 1, _RULER_DPI)
 
 
 def _text_height(text: str) -> float:

@@ -433,10 +433,14 @@ def _panel(landscape: Landscape, title: str, scale: Scale) -> Panel:
 
 def _panel_notes(landscape: Landscape) -> tuple[str, ...]:
     entries = " / ".join(f"{count:,}" for count in dict.fromkeys(axis.entries for axis in landscape.axes))
-    norms = ", ".join(f"{_norm_symbol(n, landscape.axes)} = {axis.norm:.3g}" for n, axis in enumerate(landscape.axes, 1))
+    norms = ", ".join(f"{_norm_symbol(n, landscape.axes)} = {_three_digits(axis.norm)}" for n, axis in enumerate(landscape.axes, 1))
     done = int(landscape.evaluated.sum())
     part = (f"{done:,} of {landscape.loss.size:,} points",) if done < landscape.loss.size else ()
     return (f"{entries} entries move", norms, *part)
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if 1000 <= value < 1e6 else f"{value:#.3g}".rstrip(".")
 
 
 def _norm_symbol(number: int, axes: Sequence[Axis]) -> str:

@@ -1,0 +1,41 @@
+"""Every command and every Python block of the README and the docs runs as written."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fisherscope.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=lambda p: p.name)
+def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+        if language == "python":
+            exec(compile(text, page.name, "exec"), {})
+        else:
+            for line in text.strip().splitlines():
+                program, *words = shlex.split(line)
+                assert program == "fisherscope" and main([*words, "--debug"]) == 0, line
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([\w-]+)", "".join(page.read_text() for page in PAGES)))
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_links_of_the_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_gate_runs_the_readme_command() -> None:
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
