@@ -86,8 +86,12 @@ class FisherScores(Mapping[str, Tensor]):
         return sum(score.numel() for score in self.values())
 
     def share_holding(self, share: float) -> float:
-        """The smallest share of the entries that together hold ``share`` of the summed scores; NaN if all are 0."""
-        flat = torch.cat([score.flatten() for score in self.values()]).sort(descending=True).values
+        """The smallest share of the entries that together hold ``share`` of the summed scores; NaN if all are 0.
+
+        Parameters that were drawn at random are left out.
+        """
+        kept = [score.flatten() for name, score in self.items() if name not in self.new_parameters]
+        flat = torch.cat(kept).sort(descending=True).values
         held = flat.cumsum(0, dtype=torch.float64)
         if not held[-1]:
             return float("nan")

@@ -34,17 +34,25 @@ class WrongFile(ValueError):
 def provenance(**facts: Any) -> dict[str, Any]:
     """The given facts, the versions of the libraries that compute, the command and the time."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
-    command = " ".join([Path(sys.argv[0]).name, *map(_without_folders, sys.argv[1:])])
     return {
         **facts,
         "versions": {"python": platform.python_version(), "fisherscope": _own_version(), **versions},
-        "command": command,
+        "command": _command(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
 
+def _command() -> str:
+    """The command line without folders, or the name of another program that uses the library."""
+    program = Path(sys.argv[0])
+    if program.name != "fisherscope" and program.parent.name != "fisherscope":
+        return program.name
+    return " ".join(["fisherscope", *map(_without_folders, sys.argv[1:])])
+
+
 def _without_folders(argument: str) -> str:
-    return Path(argument).name if argument.startswith(("/", "~", "..")) else argument
+    flag, equals, value = argument.rpartition("=")
+    return f"{flag}{equals}{Path(value).name if value.startswith(('/', '~', '.')) else value}"
 
 
 def _own_version() -> str:

@@ -2,6 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +21,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor, nn
 
 settings.register_profile(
-    "fisherscope", deadline=None, derandomize=True, max_examples=25, database=None,
+    "fisherscope", deadline=None, derandomize=True, max_examples=12, database=None,
     suppress_health_check=[HealthCheck.too_slow],
 )  # fmt: skip
 settings.load_profile("fisherscope")
@@ -87,6 +91,23 @@ def _plain(key: str, value: object) -> object:
     if key == "provenance":
         return {k: v for k, v in json.loads(str(value)).items() if k not in ("command", "time")}
     return np.asarray(value).tolist()
+
+
+def kill_when(ready: Callable[[], bool], script: str, *arguments: Path) -> None:
+    """Run a script that finds this folder's modules, and SIGKILL it as soon as it is ready."""
+    here = Path(__file__).parent
+    paths = os.pathsep.join([str(here.parent), str(here)])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], env=environment)
+    until = time.monotonic() + 120
+    try:
+        while not ready():
+            assert process.poll() is None, "the script ended before it could be killed"
+            assert time.monotonic() < until, "no progress"
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        assert process.wait() in (0, -signal.SIGKILL)
 
 
 class Interrupted(Exception):

@@ -3,11 +3,6 @@
 import functools
 import json
 import logging
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,6 +20,7 @@ from conftest import (
     batched,
     case,
     contents,
+    kill_when,
     moved,
     untouched,
 )
@@ -52,9 +48,6 @@ def assert_same(scores: Mapping[str, Tensor], wanted: Mapping[str, Tensor], rela
     for name, want in wanted.items():
         floor = 1e-3 * relative * float(want.max()) + 1e-30
         torch.testing.assert_close(scores[name], want, rtol=relative, atol=floor, msg=lambda m, n=name: f"{n}: {m}")
-
-
-# exactness on language models
 
 
 @pytest.mark.parametrize("size", [1, 3, 8])
@@ -156,9 +149,6 @@ def test_tied_parameter_appears_once():
     assert "cls.predictions.decoder.weight" not in scores
 
 
-# paper and pencil
-
-
 class WithLogits(nn.Module):
     """A linear model with the output that Hugging Face heads have."""
 
@@ -211,9 +201,6 @@ def test_loss_scaled_by_three_scores_scaled_by_nine():
 def test_twice_the_same_data_is_the_same_mean():
     made, wanted = expected("bert")
     assert_same(fisher(made.model, batched([*made.examples, *made.examples], 5)), wanted)
-
-
-# any module
 
 
 def points(count: int, *shape: int) -> list[Example]:
@@ -296,7 +283,9 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], list[Example]]] = {
     "called twice": (lambda: Net(lambda m, x: m.layer(m.layer(x).tanh()), layer=nn.Linear(3, 3)), points(7, 5, 3)),
     "computed and thrown away": (lambda: Net(half_used, layer=nn.Linear(3, 3)), points(7, 5, 3)),
     "parameter of a module with children": (
-        lambda: Net(lambda m, x: m.layer(x) * m.scale + m.shift, layer=nn.Linear(3, 3), scale=weight(3), shift=weight()),
+        lambda: Net(
+            lambda m, x: m.layer(x) * m.scale + m.shift, layer=nn.Linear(3, 3), scale=weight(3), shift=weight()
+        ),
         points(7, 5, 3),
     ),
     "parent computes with its child's parameter": (
@@ -307,7 +296,9 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], list[Example]]] = {
     "scaled by frequency": (lambda: nn.Embedding(7, 3, scale_grad_by_freq=True), ids(7, 5)),
     "positions without a batch axis": (
         lambda: Net(
-            lambda m, x: m.words(x) + m.places(torch.arange(x.shape[1])), words=nn.Embedding(7, 3), places=nn.Embedding(9, 3)
+            lambda m, x: m.words(x) + m.places(torch.arange(x.shape[1])),
+            words=nn.Embedding(7, 3),
+            places=nn.Embedding(9, 3),
         ),
         ids(7, 5),
     ),
@@ -330,7 +321,10 @@ MODULES: dict[str, tuple[Callable[[], nn.Module], list[Example]]] = {
     "convolution": (lambda: nn.Sequential(nn.Conv1d(3, 4, 2), nn.Tanh(), nn.Conv1d(4, 2, 2)), points(7, 3, 5)),
     "recurrent": (lambda: Net(lambda m, x: m.layer(x)[0], layer=nn.LSTM(3, 4, batch_first=True)), points(7, 5, 3)),
     "torch's own encoder layer": (lambda: nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), points(7, 5, 4)),
-    "embedding changed in place": (lambda: Net(in_place, words=nn.Embedding(7, 3), places=nn.Embedding(9, 3)), ids(7, 5)),
+    "embedding changed in place": (
+        lambda: Net(in_place, words=nn.Embedding(7, 3), places=nn.Embedding(9, 3)),
+        ids(7, 5),
+    ),
     "activation in place": (lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)), points(7)),
     "embedding tied to a module's own parameter": (tied_to_own_parameter, ids(7, 5)),
     "one parameter under two names": (two_names, points(7)),
@@ -428,9 +422,6 @@ def test_hardly_anything_goes_one_example_at_a_time(caplog: pytest.LogCaptureFix
     assert "relative_attention_bias" in slow[0]
 
 
-# what is left out, and what is left alone
-
-
 @pytest.mark.parametrize("engine", ["hooks", "loop"])
 def test_examples_without_a_scored_token_are_skipped_and_counted(engine: str, caplog: pytest.LogCaptureFixture):
     made, wanted = expected("bert")
@@ -505,7 +496,9 @@ def test_nothing_else_gets_a_gradient():
 
 
 def test_provenance_says_how_the_scores_were_made(bert: Case):
-    scores = fisher(bert.model, Stopping(batched(bert.examples, 3), source="some text", fingerprint="abc", batch_size=3))
+    scores = fisher(
+        bert.model, Stopping(batched(bert.examples, 3), source="some text", fingerprint="abc", batch_size=3)
+    )
     facts = scores.provenance
     assert facts["model"]["class"] == "BertForMaskedLM"
     assert facts["model"]["prefix"] == "bert."
@@ -518,9 +511,6 @@ def test_provenance_says_how_the_scores_were_made(bert: Case):
 def test_arguments_of_the_design_are_accepted(bert: Case):
     scores = fisher(bert.model, batched(bert.examples, 3), estimator="empirical", unit="sequence", reduction="mean")
     assert (scores.estimator, scores.unit, scores.reduction) == ("empirical", "sequence", "mean")
-
-
-# interruption
 
 
 @pytest.fixture
@@ -608,7 +598,11 @@ def fewer_parameters(made: Case) -> None:
 def test_checkpoint_of_another_run_is_refused(
     change: Callable | None, settings: dict, facts: dict, difference: str, bert: Case, tmp_path: Path
 ):
-    batches, part, same = batched(bert.examples, 3), tmp_path / "scores.h5.part", {"fingerprint": "one", "batch_size": 3}
+    batches, part, same = (
+        batched(bert.examples, 3),
+        tmp_path / "scores.h5.part",
+        {"fingerprint": "one", "batch_size": 3},
+    )
     with pytest.raises(Interrupted):
         fisher(bert.model, Stopping(batches, 1, **same), checkpoint=part)
     if change:
@@ -647,24 +641,6 @@ estimate_fisher(made.model, Slow(batched(made.examples, 1)), progress=False, che
 """
 
 
-def start(script: str, *arguments: Path) -> subprocess.Popen:
-    here = Path(__file__).parent
-    paths = os.pathsep.join([str(here.parent), str(here)])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], env=environment, cwd=here)
-
-
-def kill_once(process: subprocess.Popen, ready: Callable[[], bool]) -> None:
-    """SIGKILL as soon as there is progress."""
-    until = time.monotonic() + 120
-    while not ready():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < until, "no progress"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-
-
 def test_killed_run_resumes_to_the_same_file(bert: Case, tmp_path: Path):
     part = tmp_path / "scores.h5.part"
 
@@ -674,7 +650,7 @@ def test_killed_run_resumes_to_the_same_file(bert: Case, tmp_path: Path):
         with h5py.File(part) as file:  # written atomically, so it is always complete
             return int(file.attrs["num_examples"]) >= 2
 
-    kill_once(start(KILLED, part), ready)
+    kill_when(ready, KILLED, part)
     done = FisherScores.load(part).num_examples
     assert 2 <= done < len(bert.examples)
     batches = batched(bert.examples, 1)

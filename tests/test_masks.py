@@ -73,9 +73,6 @@ def selected_units(mask: Mask, granularity: str) -> dict[str, tuple[int, int]]:
     return counts
 
 
-# how many, and which
-
-
 @pytest.mark.parametrize(("within", "granularity"), CHOICES)
 @given(scores=scores_with_ties, fraction=fractions)
 def test_top_is_the_global_sort(within: str, granularity: str, scores: FisherScores, fraction: float):
@@ -151,9 +148,6 @@ def test_rows_of_a_model_with_transposed_weights():
     assert drawn["transformer.h.0.attn.c_attn.weight"].all(0).sum() == round(0.3 * 96)
 
 
-# at random
-
-
 @given(fraction=fractions, seed=st.integers(0, 2**31))
 def test_random_depends_only_on_the_seed(fraction: float, seed: int):
     scores = scores_of([12] * SIZE)
@@ -177,8 +171,8 @@ def test_other_seeds_draw_other_masks():
 
 def test_every_entry_is_as_likely():
     model = nn.Linear(4, 5)
-    total = sum(random_fraction(model, 0.5, seed=seed)["weight"].double() for seed in range(400)) / 400
-    assert (total - 0.5).abs().max() < 0.15  # six standard deviations
+    total = sum(random_fraction(model, 0.5, seed=seed)["weight"].double() for seed in range(200)) / 200
+    assert (total - 0.5).abs().max() < 0.21  # six standard deviations
 
 
 @pytest.mark.parametrize("granularity", ["entry", "row", "parameter"])
@@ -187,9 +181,6 @@ def test_scores_and_model_draw_the_same(granularity: str):
     scores = estimate_fisher(made.model, batched(made.examples, 2), progress=False)
     options = {"seed": 3, "granularity": granularity}
     assert same(random_fraction(scores, 0.4, **options), random_fraction(made.model, 0.4, **options))
-
-
-# which parameters
 
 
 @given(scores=scores_with_ties, fraction=fractions)
@@ -204,9 +195,6 @@ def test_patterns_choose_among_parameters(scores: FisherScores, fraction: float)
     for mask in (top_fraction(scores, fraction, **options), drawn, bottom_fraction(scores, fraction, **options)):
         assert not any(mask[name].any() for name in SHAPES if name not in kept)
     assert drawn.num_selected == round(fraction * sum(scores[name].numel() for name in kept))
-
-
-# algebra
 
 
 @given(a=masks(), b=masks(), c=masks())
@@ -261,9 +249,6 @@ def test_rule_says_how_a_mask_was_made():
     assert top.provenance["model"] == scores.provenance["model"]
 
 
-# files
-
-
 @given(mask=masks())
 def test_file_gives_back_the_same_mask(mask: Mask):
     mask = Mask(mask.tensors, {"rule": "by hand", "model": {"prefix": ""}})
@@ -315,7 +300,7 @@ def test_file_with_a_wrong_header_is_refused(kind: str, tmp_path: Path):
     path, header = tmp_path / "mask.safetensors", HEADERS[kind]
     text = header if isinstance(header, str) else json.dumps(header)
     save_file({"a": torch.ones(3, dtype=torch.bool)}, path, metadata=None if header is None else {"fisherscope": text})
-    with pytest.raises(storage.WrongFile, match="mask.safetensors") as error:
+    with pytest.raises(storage.WrongFile, match=r"mask\.safetensors") as error:
         Mask.load(path)
     assert "\n" not in str(error.value)
 
@@ -328,9 +313,6 @@ def test_file_cut_short_is_refused(share: float, tmp_path: Path):
     path.write_bytes(raw[: int(share * len(raw))])
     with pytest.raises(storage.WrongFile, match="cut short"):
         Mask.load(path)
-
-
-# which models
 
 
 def scored(made: Case) -> FisherScores:
@@ -373,7 +355,10 @@ def test_mask_survives_the_way_through_a_file_to_another_head(bert: Case, tmp_pa
     ("settings", "difference"),
     [
         ({"hidden_size": 16}, "'embeddings.word_embeddings.weight' has shape (99, 32) there but (99, 16) in the model"),
-        ({"num_hidden_layers": 3}, "it has nothing for the model's parameter 'encoder.layer.2.attention.self.query.weight'"),
+        (
+            {"num_hidden_layers": 3},
+            "it has nothing for the model's parameter 'encoder.layer.2.attention.self.query.weight'",
+        ),
         ({"num_hidden_layers": 1}, "the model has no parameter 'encoder.layer.1.attention.self.query.weight'"),
         ({"vocab_size": 98}, "'embeddings.word_embeddings.weight' has shape (99, 32) there but (98, 32) in the model"),
     ],

@@ -138,8 +138,23 @@ def test_file_cut_short_is_refused(share: float, tmp_path: Path):
     path.write_bytes(raw[: int(share * len(raw))])
     with pytest.raises(storage.WrongFile, match="make it again"):
         FisherScores.load(path)
-    with pytest.raises(storage.WrongFile):
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_format_of_a_file_cut_short_is_refused(share: float, tmp_path: Path):
+    path = tmp_path / "scores.h5"
+    made_scores().save(path)
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(share * len(raw))])
+    with pytest.raises(storage.WrongFile, match="make it again"):
         storage.file_format(path)
+
+
+def test_format_of_our_files(tmp_path: Path):
+    made_scores().save(tmp_path / "scores.h5")
+    assert storage.file_format(tmp_path / "scores.h5") == "fisherscope.scores"
+    (tmp_path / "mask.safetensors").write_bytes(b"")
+    assert storage.file_format(tmp_path / "mask.safetensors") == "fisherscope.mask"
 
 
 def test_layers_in_the_order_of_the_model():
@@ -173,7 +188,7 @@ def strings(value: object) -> Iterator[str]:
     [
         ["--model", "/home/me/model", "--out", "/tmp/scores.h5"],
         ["--model=/home/me/model", "--out=~/scores.h5", "--data=../secret/x.tsv:train"],
-        ["--model", "owner/model", "--data", "file:///home/me/x.tsv"],
+        ["--model", "owner/model", "--data", "glue/mrpc:train"],
     ],
 )
 def test_provenance_names_files_without_folders(arguments: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

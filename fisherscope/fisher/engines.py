@@ -55,7 +55,7 @@ def loop_engine(model: nn.Module, objective: str | LossFunction, reduction: str 
             gradients = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:  # autograd says that the loss does not depend on it
-                    sums[name].addcmul_(gradient, gradient)
+                    sums[name].add_(gradient.to(sums[name].dtype).square())
             used += 1
         return used
 

@@ -69,7 +69,7 @@ def accumulate(score: Tensor, contributions: Sequence[Contribution]) -> None:
         contributions: What every use of the parameter in one batch adds to its gradient.
     """
     if all(isinstance(c, Stacked) for c in contributions):
-        total = sum(c.gradients for c in contributions if isinstance(c, Stacked))
+        total = sum(c.gradients.to(score.dtype) for c in contributions if isinstance(c, Stacked))
         score.add_(torch.as_tensor(total).square().sum(0).view_as(score))
     elif all(isinstance(c, Lookup) for c in contributions):
         _accumulate_lookups(score, [c for c in contributions if isinstance(c, Lookup)])
@@ -123,7 +123,7 @@ def _embedding(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor
 ) -> dict[str, Contribution]:
     ids = args[0].expand(grad.shape[:-1]).flatten(1)
-    gradients = grad.reshape(len(grad), -1, grad.shape[-1])
+    gradients = _positions(grad)
     padding = getattr(module, "padding_idx", None)
     if padding is not None:  # the table's padding row gets no gradient, as in torch
         gradients = gradients.masked_fill((ids == padding)[..., None], 0.0)
@@ -133,14 +133,14 @@ def _embedding(
 def _layer_norm(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor
 ) -> dict[str, Contribution]:
-    normalized = F.layer_norm(args[0], module.normalized_shape, eps=module.eps)  # pyright: ignore
+    normalized = F.layer_norm(_wide(args[0]), module.normalized_shape, eps=module.eps)  # pyright: ignore
     return _scale_and_shift(normalized, grad)
 
 
 def _rms_norm(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor
 ) -> dict[str, Contribution]:
-    return _scale_and_shift(F.rms_norm(args[0], module.normalized_shape, eps=module.eps), grad)  # pyright: ignore
+    return _scale_and_shift(F.rms_norm(_wide(args[0]), module.normalized_shape, eps=module.eps), grad)  # pyright: ignore
 
 
 def _scale_and_shift(normalized: Tensor, grad: Tensor) -> dict[str, Contribution]:
@@ -150,7 +150,12 @@ def _scale_and_shift(normalized: Tensor, grad: Tensor) -> dict[str, Contribution
 
 def _positions(values: Tensor) -> Float[Tensor, "examples positions width"]:
     """All axes between the first and the last as one."""
-    return values.reshape(len(values), -1, values.shape[-1])
+    return _wide(values).reshape(len(values), -1, values.shape[-1])
+
+
+def _wide(values: Tensor) -> Tensor:
+    """At least float32: sums and squares of half-precision gradients overflow, underflow and stall."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def generic(batched: frozenset[int | str]) -> Rule:

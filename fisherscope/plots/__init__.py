@@ -1,8 +1,8 @@
 """Figures from nouns: landscapes and scores in, one file out.
 
-The suffix of the output decides who draws: ``.pdf``, ``.png`` and ``.svg`` are made for print by matplotlib, ``.html`` is
-one self-contained interactive page by plotly. ``_prepare`` works out what is shown; ``_matplotlib`` and ``_plotly`` have the
-same functions, which only draw. A new figure is one function in each.
+The suffix of the output decides who draws: ``.pdf``, ``.png`` and ``.svg`` are made for print by matplotlib, ``.html``
+is one self-contained interactive page by plotly. The ``_prepare`` modules work out what is shown; ``_matplotlib`` and
+``_plotly`` have the same functions, which only draw. A new figure is one function in each.
 """
 
 import importlib
@@ -14,15 +14,14 @@ from typing import Any
 from .. import storage
 from ..landscape import Landscape
 from ..scores import FisherScores
-from . import _prepare
-from ._prepare import By, Metric
+from ._prepare import By, Metric, Titles
+from ._prepare_landscapes import panels
+from ._prepare_scores import layers, sorted_lines
 
 __all__ = ["contour", "curves", "layer_scores", "sorted_scores", "surface"]
 
 SUFFIXES = {".pdf": "_matplotlib", ".png": "_matplotlib", ".svg": "_matplotlib", ".html": "_plotly"}
 """The backend of every kind of file."""
-
-Titles = str | Sequence[str] | None
 
 
 def surface(
@@ -30,10 +29,10 @@ def surface(
 ) -> Path:
     """Draw landscapes of two axes as 3-D surfaces.
 
-    All panels share one colour scale, one height and one camera; θ marks the model itself. Landscapes of language models
-    are cut half a nat above ln V, the loss of guessing; others where a few extreme points would flatten the rest. The
-    figure says where, and how many points lie above. Points that are infinite, not a number or not yet measured are
-    holes.
+    All panels share one colour scale, one height and one camera; θ marks the model itself. Landscapes of language
+    models are cut half a nat above ln V, the loss of guessing; others where a few extreme points would flatten the
+    rest. The figure says where, and how many points lie above. Points that are infinite, not a number or not yet
+    measured are holes.
 
     Args:
         landscapes: One, or several that become panels.
@@ -50,7 +49,7 @@ def surface(
             point is finite, or there is no perplexity.
     """
     draw = _backend(out)
-    return _save(draw.surface(_prepare.panels(landscapes, metric, titles, axes=2, plot="surface")), out)
+    return _save(draw.surface(panels(landscapes, metric, titles, axes=2, plot="surface")), out)
 
 
 def contour(
@@ -62,7 +61,7 @@ def contour(
     losses cross them. Cutting, arguments and errors are those of :func:`surface`; the part that is cut is grey.
     """
     draw = _backend(out)
-    return _save(draw.contour(_prepare.panels(landscapes, metric, titles, axes=2, plot="contour")), out)
+    return _save(draw.contour(panels(landscapes, metric, titles, axes=2, plot="contour")), out)
 
 
 def curves(
@@ -74,7 +73,7 @@ def curves(
     Cutting, arguments and errors are those of :func:`surface`.
     """
     draw = _backend(out)
-    return _save(draw.curves(_prepare.panels(landscapes, metric, titles, axes=1, plot="curves")), out)
+    return _save(draw.curves(panels(landscapes, metric, titles, axes=1, plot="curves")), out)
 
 
 def sorted_scores(
@@ -106,7 +105,7 @@ def sorted_scores(
         ValueError: If the suffix is unknown, raw scores have different units, or all scores of a curve are the same.
     """
     draw = _backend(out)
-    return _save(draw.sorted_scores(_prepare.sorted_lines(scores, by, normalized, titles)), out)
+    return _save(draw.sorted_scores(sorted_lines(scores, by, normalized, titles)), out)
 
 
 def layer_scores(scores: FisherScores | Sequence[FisherScores], out: str | Path, *, titles: Titles = None) -> Path:
@@ -127,7 +126,7 @@ def layer_scores(scores: FisherScores | Sequence[FisherScores], out: str | Path,
         ValueError: If the suffix is unknown, the scores have different units, or all are 0.
     """
     draw = _backend(out)
-    return _save(draw.layer_scores(_prepare.layers(scores, titles)), out)
+    return _save(draw.layer_scores(layers(scores, titles)), out)
 
 
 def _backend(out: str | Path) -> ModuleType:

@@ -1,0 +1,235 @@
+"""The printed page: sizes, type, where panels, legends and notes stand; lengths in inches, sizes of type in points."""
+
+import math
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import matplotlib
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+
+from ._prepare import COLOURS, Panel, Panels, columns
+
+COLUMN, PAGE = 3.3, 6.9  # one column and the full text width of most journals
+TITLE, BODY = 8.0, 7.0
+LINE = 0.117  # from one line of body text to the next
+QUIET = "0.35"
+MARKERS = "osD^vPX"
+
+_BAR, _BAR_LABELS = 0.10, 0.52  # the colour bar, and what stands to its right
+_DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+_RULER_DPI = 300
+
+_OWN = {
+    "font.family": "DejaVu Sans",
+    "font.size": BODY,
+    "axes.labelsize": BODY,
+    "axes.linewidth": 0.6,
+    "hatch.linewidth": 0.4,
+    "legend.fontsize": BODY,
+    "lines.linewidth": 1.1,
+    "pdf.fonttype": 42,  # TrueType, which journals ask for
+    "savefig.dpi": 300,
+    "svg.hashsalt": "fisherscope",  # the same file from the same data
+    "xtick.labelsize": BODY,
+    "xtick.major.size": 2.5,
+    "xtick.major.width": 0.6,
+    "ytick.labelsize": BODY,
+    "ytick.major.size": 2.5,
+    "ytick.major.width": 0.6,
+}
+# The look must not depend on a matplotlibrc of the reader either; what is left out is about machines, not looks.
+_MACHINE = ("animation", "backend", "date", "interactive", "savefig.directory", "timezone", "toolbar", "webagg")
+STYLE: Any = {key: value for key, value in matplotlib.rcParamsDefault.items() if not key.startswith(_MACHINE)} | _OWN
+
+
+class Page:
+    """Panels in rows under their titles and notes, one colour bar at the right, what concerns all of them below.
+
+    Args:
+        panels: What is drawn.
+        most: Panels in a row.
+        aspect: Height of a panel by its width.
+        left: Room for the labels left of each row.
+        between: Room between the panels of a row.
+        below: Room for the labels below each row.
+        notes: More to be said below.
+    """
+
+    def __init__(
+        self,
+        panels: Panels,
+        *,
+        most: int,
+        aspect: float,
+        left: float,
+        between: float,
+        below: float,
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.panels, count = panels, len(panels.panels)
+        self.across = columns(count, most)
+        self.rows = math.ceil(count / self.across)
+        self.width = COLUMN if count == 1 else PAGE
+        self.marks = panels.references
+        marked = max((text_width(_narrow(mark.label)) for mark in self.marks), default=0.0)
+        self.bar_left = self.width - _BAR_LABELS - _BAR
+        self.left, self.between = left, between
+        self.panel_width = (self.bar_left - marked - 0.12 - left - between * (self.across - 1)) / self.across
+        self.panel_height = aspect * self.panel_width
+        self.titles = [_wrapped(_plain(panel.title), self.panel_width, TITLE) for panel in panels.panels]
+        self.title_height = 0.05 + 1.15 * LINE * (1 + max(title.count("\n") for title in self.titles))
+        self.header = self.title_height + 0.05 + LINE * max(len(panel.notes) for panel in panels.panels)
+        self.row_height = self.header + self.panel_height + below
+        self.note = _paragraphs((*panels.notes, *notes), self.width)
+        self.height = self.rows * self.row_height + 0.08 + text_height(self.note)
+        self.figure = Figure(figsize=(self.width, self.height))
+
+    def axes(self, **options: Any) -> list[tuple[Panel, Any]]:
+        """Every panel with its axes, titled."""
+        return [(panel, self._panel_axes(number, panel, options)) for number, panel in enumerate(self.panels.panels)]
+
+    def finished(self, colours: Colormap) -> Figure:
+        """The figure, with its colour bar and notes."""
+        top, bottom = self.header, (self.rows - 1) * self.row_height + self.header + self.panel_height
+        height = min(bottom - top, 3.0)
+        scale, axes = self.panels.scale, self._place(self.bar_left, (top + bottom - height) / 2, _BAR, height)
+        mappable = ScalarMappable(Normalize(scale.low, scale.high), colours)
+        bar = self.figure.colorbar(mappable, axes, extend="max" if scale.is_cut else "neither", label=scale.label)
+        set_ticks(bar.ax.yaxis, scale.ticks)
+        for mark in self.marks:
+            bar.ax.axhline(mark.value, color="black", linewidth=0.8, path_effects=outline())
+            bar.ax.text(
+                -0.3, mark.value, _narrow(mark.label), ha="right", va="center", transform=bar.ax.get_yaxis_transform()
+            )
+        self._text(0.05, self.height - 0.04 - text_height(self.note), self.note, color=QUIET)
+        return self.figure
+
+    def _panel_axes(self, number: int, panel: Panel, options: dict[str, Any]) -> Axes:
+        row, column = divmod(number, self.across)
+        left, top = self.left + column * (self.panel_width + self.between), row * self.row_height
+        middle = left + self.panel_width / 2
+        self._text(middle, top + self.title_height, self.titles[number], size=TITLE, ha="center", va="bottom")
+        self._text(middle, top + self.title_height + 0.02, "\n".join(panel.notes), color=QUIET, ha="center")
+        return self._place(left, top + self.header, self.panel_width, self.panel_height, **options)
+
+    def _place(self, left: float, top: float, width: float, height: float, **options: Any) -> Axes:
+        box = (left / self.width, 1 - (top + height) / self.height, width / self.width, height / self.height)
+        return self.figure.add_axes(box, **options)
+
+    def _text(self, left: float, top: float, text: str, *, va: str = "top", **options: Any) -> None:
+        self.figure.text(left / self.width, 1 - top / self.height, text, va=va, **options)
+
+
+class Single:
+    """One pair of axes in a column; a single series is named above them, several in a legend below.
+
+    Args:
+        names: Of the series; lines after the first are notes.
+        notes: What must be said below the figure.
+        left: Room for the labels at the left.
+        height: Of the axes.
+    """
+
+    def __init__(self, names: Sequence[str], notes: Sequence[str], *, left: float = 0.55, height: float = 1.9) -> None:
+        self.names = ["\n".join(_wrapped(_plain(line), COLUMN - 0.5) for line in name.split("\n")) for name in names]
+        self.note = _paragraphs(notes, COLUMN)
+        legend = sum(map(text_height, self.names)) + 0.03 * len(names) if len(names) > 1 else 0.0
+        above = 0.08 if len(names) > 1 else 0.12 + text_height(self.names[0])
+        self.legend_top = legend + text_height(self.note) + 0.10
+        self.height = above + height + 0.36 + self.legend_top
+        self.figure = Figure(figsize=(COLUMN, self.height))
+        box = (left, self.legend_top + 0.36, COLUMN - left - 0.10, height)
+        self.axes = self.figure.add_axes((box[0] / COLUMN, box[1] / self.height, box[2] / COLUMN, box[3] / self.height))
+
+    def style(self, number: int) -> dict[str, Any]:
+        """Colour, dashes and name of one series."""
+        dashes = _DASHES[number % len(_DASHES)]
+        return {"color": COLOURS[number % len(COLOURS)], "linestyle": dashes, "label": self.names[number]}
+
+    def finished(self) -> Figure:
+        """The figure, with its legend or title, and its notes."""
+        if len(self.names) > 1:
+            self.figure.legend(
+                loc="upper left",
+                bbox_to_anchor=(0.05 / COLUMN, self.legend_top / self.height),
+                frameon=False,
+                borderpad=0,
+                borderaxespad=0,
+                labelspacing=0.25,
+                handlelength=2.6,
+            )
+        else:
+            title, *rest = self.names[0].split("\n")
+            self.axes.set_title("\n".join(rest), fontsize=BODY, color=QUIET, pad=3)
+            up = 3 + text_height("\n".join(rest)) * 72
+            self.axes.annotate(
+                title,
+                (0.5, 1),
+                (0, up),
+                xycoords="axes fraction",
+                textcoords="offset points",
+                ha="center",
+                va="bottom",
+                size=TITLE,
+            )
+        self.figure.text(0.05 / COLUMN, (0.04 + text_height(self.note)) / self.height, self.note, color=QUIET, va="top")
+        return self.figure
+
+
+def set_ticks(axis: Axis, ticks: Sequence[tuple[float, str]]) -> None:
+    """Put ticks, each a position and a text, on an axis."""
+    axis.set_ticks([position for position, _ in ticks], [text for _, text in ticks])
+
+
+def outline() -> list[patheffects.AbstractPathEffect]:
+    """A white rim that keeps text readable on any colour."""
+    return [patheffects.withStroke(linewidth=1.2, foreground="white", alpha=0.9)]
+
+
+def _narrow(label: str) -> str:
+    """A name beside the colour bar, its words below each other if it is long."""
+    return label.replace(" ", "\n") if len(label) > 8 else label
+
+
+def _plain(text: str) -> str:
+    """Text that matplotlib takes as it is: no formulas, and no leading underscore, which would hide it from legends."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def _wrapped(text: str, width: float, size: float = BODY) -> str:
+    """Text broken into lines of at most a width in inches, if its words allow."""
+    first, *words = text.split(" ")
+    lines = [first]
+    for word in words:
+        longer = f"{lines[-1]} {word}"
+        lines[-1:] = [longer] if text_width(longer, size) <= width else [lines[-1], word]
+    return "\n".join(lines)
+
+
+def _paragraphs(notes: Sequence[str], width: float) -> str:
+    return "\n".join(_wrapped(_plain(note), width - 0.1) for note in notes)
+
+
+@cache
+def text_width(text: str, size: float = BODY) -> float:
+    """Inches that text takes in the font of all figures, its longest line if there are several."""
+    font = FontProperties(family=_OWN["font.family"], size=size)
+    return max(_ruler().get_text_width_height_descent(line, font, False)[0] for line in text.split("\n")) / _RULER_DPI
+
+
+@cache
+def _ruler() -> RendererAgg:
+    return RendererAgg(1, 1, _RULER_DPI)
+
+
+def text_height(text: str) -> float:
+    """Inches that body text takes."""
+    return LINE * (text.count("\n") + 1) if text else 0.0

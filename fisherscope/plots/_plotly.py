@@ -1,0 +1,349 @@
+"""Figures for the browser, by plotly: turn, zoom, and read off every point."""
+
+import html
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
+from plotly.subplots import make_subplots
+
+from ._prepare import COLOURS, Layers, Lines, Panel, Panels, Reference, Scale, columns
+
+__all__ = ["contour", "curves", "layer_scores", "save", "sorted_scores", "surface"]
+
+LEVELS = 20  # bands of a contour map
+MOST = 2  # panels in a row
+
+_DASHES = ("solid", "dash", "dashdot", "dot", "longdashdot")
+_MARKERS = ("circle", "square", "diamond", "triangle-down", "triangle-up", "cross", "x")
+_QUIET, _ABOVE, _PIN = "#595959", "#d1d1d1", "#d55e00"
+_ROW, _HEADER, _BELOW, _FOOTER, _LINE = 400, 90, 60, 70, 18  # pixels
+_LOG: dict[str, Any] = {"type": "log", "exponentformat": "power", "nticks": 10}
+_LOOK = {"template": "plotly_white", "font": {"family": "sans-serif", "size": 13}, "legend": {"itemsizing": "constant"}}
+_CAMERA = {"eye": {"x": 1.06, "y": -1.36, "z": 1.2}, "center": {"x": 0, "y": 0, "z": -0.15}}
+
+
+def surface(panels: Panels) -> go.Figure:
+    """One 3-D surface per landscape, cut where the scale ends."""
+    figure = _page(panels, kind="scene")
+    for number, panel in enumerate(panels.panels):
+        scene = f"scene{number + 1 if number else ''}"
+        figure.add_trace(_surface_trace(panel, panels.scale, scene))
+        if panel.centre is not None and panel.centre <= panels.scale.high:
+            figure.add_trace(_centre_trace(panel.centre, panels.scale, scene))
+        figure.update_layout({scene: _scene(panels.scale)})
+    bar = _bar(panels.scale)
+    figure.update_layout(
+        coloraxis={"colorscale": "Viridis", "cmin": panels.scale.low, "cmax": panels.scale.high, "colorbar": bar}
+    )
+    return figure
+
+
+def contour(panels: Panels) -> go.Figure:
+    """One filled contour map per landscape; grey where the scale ends, empty where there is no number."""
+    figure = _page(panels, kind="xy")
+    across = columns(len(panels.panels), MOST)
+    for number, panel in enumerate(panels.panels):
+        place: dict[str, Any] = {"row": number // across + 1, "col": number % across + 1}
+        figure.add_trace(_contour_trace(panel, panels.scale, has_bar=number == 0), **place)
+        for reference in panel.references:
+            is_named = any(trace.name == _value_text(reference) for trace in figure.data)
+            figure.add_trace(_level_trace(panel, reference).update(showlegend=not is_named), **place)
+        if panel.centre is not None:
+            figure.add_trace(_mark_trace(), **place)
+        axis = figure.get_subplot(**place).xaxis.plotly_name.replace("axis", "")
+        figure.update_xaxes(title="step along direction 1", range=_ends(panel.steps[0]), constrain="domain", **place)
+        figure.update_yaxes(
+            title="step along direction 2", range=_ends(panel.steps[1]), constrain="domain", scaleanchor=axis, **place
+        )
+    return figure
+
+
+def curves(panels: Panels) -> go.Figure:
+    """All landscapes of one axis as lines in one pair of axes."""
+    scale = panels.scale
+    figure = _single(panels.notes)
+    for number, panel in enumerate(panels.panels):
+        name = "<br>".join(map(html.escape, (panel.title, ", ".join(panel.notes))))
+        figure.add_trace(
+            go.Scatter(
+                x=panel.steps[0],
+                y=panel.losses,
+                customdata=scale.shown(panel.losses),
+                name=name,
+                mode="lines",
+                line=_line(number),
+                hovertemplate=_hover(panel, scale),
+            )
+        )
+        if panel.centre is not None:
+            figure.add_trace(
+                go.Scatter(
+                    x=[0],
+                    y=[panel.centre],
+                    mode="markers",
+                    marker={"color": "black", "size": 6},
+                    showlegend=False,
+                    hoverinfo="skip",
+                )
+            )
+    for reference in panels.references:
+        figure.add_hline(
+            reference.value,
+            line={"color": "black", "width": 1, "dash": "dash"},
+            annotation_text=_value_text(reference),
+            annotation_position="top",
+        )
+    margin = 0.05 * (scale.high - scale.low)
+    figure.update_xaxes(title="step along direction 1")
+    figure.update_yaxes(
+        title=scale.label,
+        range=[scale.low - margin, scale.high + (0 if scale.is_cut else margin)],
+        **_ticks(scale.ticks),
+    )
+    return figure
+
+
+def sorted_scores(lines: Lines) -> go.Figure:
+    """Scores in ascending order, one curve per model."""
+    figure = _single(lines.notes)
+    mode = "lines+markers" if lines.has_markers else "lines"
+    for number, line in enumerate(lines.lines):
+        marker = {"symbol": _MARKERS[number % len(_MARKERS)], "size": 5}
+        figure.add_trace(
+            go.Scatter(
+                x=line.x,
+                y=line.y,
+                name=html.escape(line.title),
+                mode=mode,
+                line=_line(number),
+                marker=marker,
+                hovertemplate="%{x:,.4~g}: %{y:.3e}<extra></extra>",
+            )
+        )
+    figure.update_xaxes(title=lines.x_label, range=[0, 1] if lines.is_share else None)
+    if not lines.is_share:
+        figure.update_xaxes(tickformat="~s")
+    figure.update_yaxes(title=lines.y_label, **(_LOG if lines.is_log else {}))
+    return figure
+
+
+def layer_scores(layers: Layers) -> go.Figure:
+    """Mean score by layer, the first at the top."""
+    figure = _single(layers.notes, height=160 + 26 * len(layers.labels))
+    for number, series in enumerate(layers.series):
+        names = [layers.labels[int(position)] for position in series.x]
+        marker = {"symbol": _MARKERS[number % len(_MARKERS)], "size": 10, "color": COLOURS[number % len(COLOURS)]}
+        figure.add_trace(
+            go.Scatter(
+                x=series.y,
+                y=series.x,
+                customdata=names,
+                name=html.escape(series.title),
+                mode="markers",
+                marker=marker,
+                hovertemplate="%{customdata}: %{x:.3e}<extra></extra>",
+            )
+        )
+    figure.update_xaxes(title=layers.value_label, **_LOG)
+    figure.update_yaxes(
+        tickvals=list(range(len(layers.labels))),
+        ticktext=list(map(html.escape, layers.labels)),
+        range=[len(layers.labels) - 0.5, -0.5],
+        zeroline=False,
+    )
+    return figure
+
+
+def save(figure: go.Figure, path: Path, suffix: str) -> None:
+    """Write a figure as one ``.html`` file, the only suffix, that needs no network; the same bytes every time."""
+    config = {"responsive": True, "displaylogo": False, "toImageButtonOptions": {"format": "svg"}}
+    figure.write_html(path, include_plotlyjs=True, div_id="fisherscope", config=config)
+
+
+def _page(panels: Panels, *, kind: str) -> Any:
+    """Empty panels under their titles and notes, what concerns all of them below."""
+    count = len(panels.panels)
+    across = columns(count, MOST)
+    rows = math.ceil(count / across)
+    footer = _FOOTER + _LINE * len(panels.notes)
+    height = rows * (_ROW + _HEADER) + footer
+    inside = height - _HEADER - footer
+    figure = make_subplots(
+        rows,
+        across,
+        specs=[[{"type": kind}] * across] * rows,
+        subplot_titles=[_heading(panel) for panel in panels.panels],
+        vertical_spacing=(_HEADER + (_BELOW if kind == "xy" else 0)) / inside,
+        horizontal_spacing=0.10 / across,
+    )
+    figure.update_annotations(yshift=6)
+    figure.update_layout(_LOOK, height=height, margin={"t": _HEADER, "b": footer, "l": 60, "r": 20})
+    _add_notes(figure, panels.notes, footer)
+    return figure
+
+
+def _single(notes: Sequence[str], *, height: int = 420) -> go.Figure:
+    """One empty pair of axes with a legend at its right and what must be said below."""
+    footer = _FOOTER + _LINE * len(notes)
+    figure = go.Figure()
+    figure.update_layout(
+        _LOOK, height=height + footer, margin={"t": 40, "b": footer, "l": 80, "r": 20}, showlegend=True
+    )
+    _add_notes(figure, notes, footer)
+    return figure
+
+
+def _heading(panel: Panel) -> str:
+    notes = "<br>".join(map(html.escape, panel.notes))
+    return f'{html.escape(panel.title)}<br><span style="font-size:12px;color:{_QUIET}">{notes}</span>'
+
+
+def _add_notes(figure: go.Figure, notes: Sequence[str], footer: int) -> None:
+    figure.add_annotation(
+        text="<br>".join(map(html.escape, notes)),
+        x=0,
+        xref="paper",
+        xanchor="left",
+        y=0,
+        yref="paper",
+        yanchor="bottom",
+        yshift=10 - footer,
+        showarrow=False,
+        align="left",
+        font={"size": 12, "color": _QUIET},
+    )
+
+
+def _surface_trace(panel: Panel, scale: Scale, scene: str) -> go.Surface:
+    x, y = panel.steps
+    # a surface is cut exactly where its axis ends, so values above the scale may stay
+    return go.Surface(
+        x=x,
+        y=y,
+        z=panel.losses.T,
+        scene=scene,
+        coloraxis="coloraxis",
+        customdata=scale.shown(panel.losses.T),
+        hovertemplate=_hover(panel, scale),
+    )
+
+
+def _centre_trace(loss: float, scale: Scale, scene: str) -> go.Scatter3d:
+    """A pin in the model itself."""
+    top = loss + 0.45 * (scale.high - scale.low)
+    return go.Scatter3d(
+        x=[0, 0],
+        y=[0, 0],
+        z=[loss, top],
+        scene=scene,
+        mode="lines+text",
+        text=["", "<b>θ</b>"],
+        textposition="top center",
+        textfont={"size": 16, "color": _PIN},
+        line={"color": _PIN, "width": 5},
+        showlegend=False,
+        hoverinfo="skip",
+    )
+
+
+def _scene(scale: Scale) -> dict[str, Any]:
+    return {
+        "xaxis_title": "step along direction 1",
+        "yaxis_title": "step along direction 2",
+        "zaxis": {"title": scale.metric, "range": [scale.low, scale.high], **_ticks(scale.box_ticks)},
+        "aspectmode": "manual",
+        "aspectratio": {"x": 1, "y": 1, "z": 0.6},
+        "camera": _CAMERA,
+    }
+
+
+def _contour_trace(panel: Panel, scale: Scale, *, has_bar: bool) -> go.Contour:
+    x, y = panel.steps
+    size = (scale.high - scale.low) / LEVELS
+    # plotly colours the bands below, between and above the lines at start, start + size, ..., end
+    lines = {"start": scale.low + size, "end": scale.high - (0 if scale.is_cut else size) + 1e-6 * size, "size": size}
+    return go.Contour(
+        x=x,
+        y=y,
+        z=panel.losses.T,
+        contours=lines,
+        autocontour=False,
+        colorscale=_bands(scale.is_cut),
+        line={"width": 0},
+        showscale=has_bar,
+        colorbar=_bar(scale),
+        customdata=scale.shown(panel.losses.T),
+        hovertemplate=_hover(panel, scale),
+    )
+
+
+def _bands(is_cut: bool) -> list[tuple[float, str]]:
+    """One colour per band, and grey above if there is something."""
+    colours: list[Any] = [*sample_colorscale("Viridis", [k / (LEVELS - 1) for k in range(LEVELS)]), *[_ABOVE] * is_cut]
+    return [(k / (len(colours) - 1), colour) for k, colour in enumerate(colours)]
+
+
+def _level_trace(panel: Panel, reference: Reference) -> go.Contour:
+    x, y = panel.steps
+    lines = {"start": reference.value, "end": reference.value, "size": 1, "coloring": "none", "showlabels": True}
+    lines |= {"labelfont": {"color": "black", "size": 11}, "labelformat": ".3g"}
+    return go.Contour(
+        x=x,
+        y=y,
+        z=panel.losses.T,
+        contours=lines,
+        autocontour=False,
+        line={"color": "black", "width": 2},
+        showscale=False,
+        name=_value_text(reference),
+        hoverinfo="skip",
+    )
+
+
+def _value_text(reference: Reference) -> str:
+    return f"{html.escape(reference.label)} = {reference.value:.3g}"
+
+
+def _mark_trace() -> go.Scatter:
+    return go.Scatter(
+        x=[0],
+        y=[0],
+        mode="markers+text",
+        text=["θ"],
+        textposition="top right",
+        textfont={"color": "white", "size": 16},
+        marker={"color": "black", "size": 8, "line": {"color": "white", "width": 1}},
+        showlegend=False,
+        hoverinfo="skip",
+    )
+
+
+def _hover(panel: Panel, scale: Scale) -> str:
+    steps = "".join(f"step {n}: %{{{axis}:.3g}}<br>" for n, axis in enumerate("xy"[: len(panel.steps)], 1))
+    return f"{steps}{scale.metric}: %{{customdata:.5g}}<extra>{html.escape(panel.title)}</extra>"
+
+
+def _ticks(ticks: Sequence[tuple[float, str]]) -> dict[str, Any]:
+    return {"tickvals": [position for position, _ in ticks], "ticktext": [text for _, text in ticks]}
+
+
+def _bar(scale: Scale) -> dict[str, Any]:
+    return {
+        "title": {"text": html.escape(scale.label), "side": "right"},
+        "thickness": 16,
+        "len": 0.8,
+        **_ticks(scale.ticks),
+    }
+
+
+def _line(number: int) -> dict[str, Any]:
+    return {"color": COLOURS[number % len(COLOURS)], "dash": _DASHES[number % len(_DASHES)], "width": 2}
+
+
+def _ends(steps: np.ndarray) -> list[float]:
+    return [float(steps[0]), float(steps[-1])]

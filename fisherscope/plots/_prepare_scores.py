@@ -1,0 +1,177 @@
+"""Scores as curves and as means by layer: sorting, thinning, short names."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .._typing import Float, Int
+from ..scores import FisherScores, by_layer
+from ._prepare import LOSS_LABELS, Layers, Line, Lines, Titles, as_sequence, model_name, titles_of
+
+MOST_POINTS = 2000
+"""Points of a curve, whatever the number of entries; more than a column of print can resolve."""
+
+MOST_MARKERS = 400
+"""Points of a curve up to which each is marked."""
+
+
+def sorted_lines(scores: FisherScores | Sequence[FisherScores], by: str, normalized: bool, titles: Titles) -> Lines:
+    """Scores in ascending order, at most ``MOST_POINTS`` points per model.
+
+    Raises:
+        TypeError: If something else than scores was given.
+        ValueError: If ``by`` is unknown, units differ, or there is nothing to draw.
+    """
+    given = as_sequence(scores, FisherScores, "sorted_scores")
+    if by not in ("entry", "parameter"):
+        raise ValueError(f"by must be 'entry' or 'parameter', got {by!r}.")
+    if not normalized:
+        _check_same_reduction(given)
+    units = "entries" if by == "entry" else "parameters"
+    is_share = len(given) > 1
+    lines, notes = [], []
+    for one, title in zip(given, titles_of(given, titles, _title), strict=True):
+        values = _values(one, by)
+        lines.append(_sorted_line(values, title, normalized, is_share))
+        if (zeros := int((values == 0).sum())) and not normalized:
+            notes.append(f"{title}: {zeros:,} of {len(values):,} {units} are exactly 0")
+    quantity = "Fisher score" if by == "entry" else "mean Fisher score"
+    return Lines(
+        tuple(lines),
+        f"{'share of ' if is_share else ''}{units}, in ascending order",
+        f"{quantity}, min-max normalised" if normalized else quantity + _unit(given),
+        not normalized,
+        is_share,
+        all(len(line.x) <= MOST_MARKERS for line in lines),
+        (*notes, *_new_parameters_note(given)),
+    )
+
+
+def layers(scores: FisherScores | Sequence[FisherScores], titles: Titles) -> Layers:
+    """Mean score of the entries of every layer, in the model's order.
+
+    Raises:
+        TypeError: If something else than scores was given.
+        ValueError: If units differ, or there is nothing to draw.
+    """
+    given = as_sequence(scores, FisherScores, "layer_scores")
+    _check_same_reduction(given)
+    means = [_means(one) for one in given]
+    labels = _merged([list(mean) for mean in means])
+    if not any(value for mean in means for value in mean.values()):
+        raise ValueError("All scores are 0, so there is nothing to draw on a logarithmic axis.")
+    series, notes = [], []
+    for title, mean in zip(titles_of(given, titles, _title), means, strict=True):
+        shown = [label for label, value in mean.items() if value]
+        series.append(
+            Line(title, np.array([float(labels.index(s)) for s in shown]), np.array([mean[s] for s in shown]))
+        )
+        if zero := [label for label, value in mean.items() if not value]:
+            notes.append(f"{title}: exactly 0 in {', '.join(zero)}")
+    value_label = "mean Fisher score of an entry" + _unit(given)
+    return Layers(tuple(labels), tuple(series), value_label, (*notes, *_new_parameters_note(given)))
+
+
+def thinned(first: int, size: int, most: int = MOST_POINTS) -> Int[np.ndarray, "positions"]:
+    """At most ``most`` positions, evenly from ``first`` to ``size - 1``, both included."""
+    return np.unique(np.linspace(first, size - 1, min(most, size - first)).round().astype(np.int64))
+
+
+def short_labels(names: Sequence[str], prefix: str = "") -> list[str]:
+    """Layers as an axis names them: ``layer 3``, ``embeddings``, ``head``; longer where that would not be unique.
+
+    Args:
+        names: As :func:`fisherscope.models.layer_of` gives them.
+        prefix: Of the backbone; what is outside is the head.
+    """
+    parts = [_label_parts(name, prefix) for name in names]
+    labels = [base for _, base in parts]
+    for depth in range(1, max((len(context) for context, _ in parts), default=0) + 1):
+        count = Counter(labels)
+        labels = [
+            " ".join([*context[-depth:], base]) if count[label] > 1 else label
+            for label, (context, base) in zip(labels, parts, strict=True)
+        ]
+    count = Counter(labels)
+    return [label if count[label] == 1 else name for label, name in zip(labels, names, strict=True)]
+
+
+def _label_parts(name: str, prefix: str) -> tuple[list[str], str]:
+    """The modules around a layer, and what it is called among its neighbours."""
+    if prefix and not name.startswith(prefix.removesuffix(".")):
+        return [], "head"
+    *around, last = name.removeprefix(prefix).split(".")
+    return (around[:-1], f"layer {last}") if last.isdigit() else (around, last.replace("_", " "))
+
+
+def _title(scores: FisherScores) -> str:
+    return model_name(scores) or "scores"
+
+
+def _check_same_reduction(given: Sequence[FisherScores]) -> None:
+    found = sorted({scores.reduction for scores in given})
+    if len(found) > 1:
+        raise ValueError(
+            f"Scores by {' and '.join(found)} over the tokens of an example have different units; draw them in "
+            "separate figures, or sorted with normalized=True."
+        )
+
+
+def _values(scores: FisherScores, by: str) -> Float[np.ndarray, "units"]:
+    """Scores of the entries or parameters that the checkpoint had, unsorted."""
+    new = set(scores.new_parameters)
+    kept = [score.detach() for name, score in scores.items() if name not in new and score.numel()]
+    if not kept:
+        raise ValueError("There is nothing to draw: every scored parameter was drawn at random.")
+    if by == "parameter":
+        return np.array([float(score.mean(dtype=torch.float64)) for score in kept])
+    return np.concatenate([score.cpu().numpy().ravel() for score in kept])
+
+
+def _sorted_line(values: Float[np.ndarray, "units"], title: str, normalized: bool, is_share: bool) -> Line:
+    """A curve of scores, the values being sorted in place."""
+    values.sort()
+    low, high = float(values[0]), float(values[-1])
+    if high == (low if normalized else 0):
+        purpose = "normalise; draw them raw" if normalized else "draw on a logarithmic axis"
+        raise ValueError(f"All scores of {title} are {high:g}, so there is nothing to {purpose}.")
+    positions = thinned(0 if normalized else int(np.searchsorted(values, 0, side="right")), len(values))
+    heights = values[positions].astype(float)
+    return Line(
+        title,
+        positions / max(len(values) - 1, 1) if is_share else positions + 1.0,
+        (heights - low) / (high - low) if normalized else heights,
+    )
+
+
+def _unit(given: Sequence[FisherScores]) -> str:
+    """Squared nats, unless a loss is in another unit or not known."""
+    objectives = {str(scores.provenance.get("objective")) for scores in given}
+    return " (nats²)" if all("nats" in LOSS_LABELS.get(objective, "") for objective in objectives) else ""
+
+
+def _new_parameters_note(given: Sequence[FisherScores]) -> tuple[str, ...]:
+    left_out = max(len(set(scores) & set(scores.new_parameters)) for scores in given)
+    return (f"without {left_out} parameter{'s' if left_out > 1 else ''} drawn at random",) if left_out else ()
+
+
+def _means(scores: FisherScores) -> dict[str, float]:
+    means = by_layer(scores)
+    if not means:
+        raise ValueError("There is nothing to draw: every scored parameter was drawn at random.")
+    prefix = (scores.provenance.get("model") or {}).get("prefix", "")
+    return dict(zip(short_labels(list(means), prefix), means.values(), strict=True))
+
+
+def _merged(orders: Sequence[Sequence[str]]) -> list[str]:
+    """All labels, each after the one that comes before it in its own model."""
+    merged: list[str] = []
+    for order in orders:
+        place = 0
+        for label in order:
+            if label not in merged:
+                merged.insert(place, label)
+            place = merged.index(label) + 1
+    return merged
