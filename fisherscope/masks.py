@@ -116,7 +116,9 @@ class Mask(Mapping[str, Tensor]):
         prefix = origin.get("prefix", backbone_prefix(model))
         if difference := find_difference(self.tensors, prefix, model):
             raise MaskMismatch(f"The mask was made for another model: {difference}.")
-        if origin and origin["backbone_fingerprint"] != weights_fingerprint(model, backbone_only=True):
+        if "backbone_fingerprint" in origin and origin["backbone_fingerprint"] != weights_fingerprint(
+            model, backbone_only=True
+        ):
             message = f"The mask was made for other weights ({origin['name']}) of the same architecture."
             if strict:
                 raise MaskMismatch(message)
@@ -126,7 +128,12 @@ class Mask(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, complete or not at all: one bool tensor per parameter, provenance as JSON."""
-        header = {"format": FORMAT, "format_version": storage.FORMAT_VERSION, "provenance": dict(self.provenance)}
+        header = {
+            "format": FORMAT,
+            "format_version": storage.FORMAT_VERSION,
+            "parameters": list(self),  # in order, which safetensors does not keep
+            "provenance": dict(self.provenance),
+        }
         with storage.atomic(path) as temporary:
             contents = {name: tensor.cpu().contiguous() for name, tensor in self.items()}
             save_file(contents, temporary, metadata={"fisherscope": json.dumps(header, sort_keys=True)})
@@ -144,14 +151,19 @@ class Mask(Mapping[str, Tensor]):
             raise FileNotFoundError(f"There is no file {path}.")
         try:
             with safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {}).get("fisherscope", "{}"))
+                header = dict(json.loads((file.metadata() or {}).get("fisherscope", "{}")))
                 storage.check_header(path, FORMAT, header.get("format"), header.get("format_version"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in header["parameters"]}
+                provenance = dict(header["provenance"])
         except SafetensorError as error:
             raise storage.WrongFile(f"{path} is not a safetensors file or was cut short; make it again.") from error
+        except storage.WrongFile:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise storage.WrongFile(f"{path} has a damaged header; make it again.") from error
         if wrong := next((name for name, tensor in tensors.items() if tensor.dtype != torch.bool), None):
             raise storage.WrongFile(f"{path} has {tensors[wrong].dtype} values under '{wrong}', but masks are boolean.")
-        return Mask(tensors, header["provenance"])
+        return Mask(tensors, provenance)
 
 
 def _combine(symbol: str, operation: Callable[[Tensor, Tensor], Tensor], a: Mask, b: Mask) -> Mask:

@@ -111,16 +111,18 @@ def _custom(losses: Tensor) -> ExampleLosses:
 
 
 def _label_losses(logits: Tensor, labels: Tensor, objective: str) -> ExampleLosses:
-    if logits.ndim != 2 or len(logits) != len(labels):
+    outputs = 1 if objective == "regression" else "classes"
+    if logits.ndim != 2 or logits.shape[:1] != labels.shape or (outputs == 1 and logits.shape[1] != 1):
         raise ValueError(
-            f"The objective {objective} needs logits of shape [{len(labels)}, classes], but the model returned "
-            f"{list(logits.shape)}; load it with this objective."
+            f"The objective {objective} needs one label per example and logits of shape [{len(logits)}, {outputs}], "
+            f"but labels are {list(labels.shape)} and logits {list(logits.shape)}; load the model with this objective."
         )
     if objective == "regression":
-        losses = (logits.squeeze(-1) - labels.to(logits.dtype)).square()
-    else:
-        losses = F.cross_entropy(logits, labels, reduction="none")
-    return ExampleLosses(losses, torch.ones_like(labels, dtype=torch.long))
+        return ExampleLosses(
+            (logits[:, 0] - labels.to(logits.dtype)).square(), torch.ones_like(labels, dtype=torch.long)
+        )
+    losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+    return ExampleLosses(losses, (labels != IGNORED).long())
 
 
 def _token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> ExampleLosses:
@@ -128,9 +130,10 @@ def _token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -
     count = scored.sum(1)
     width = max(int(count.max()), 1)
     positions = (~scored).int().argsort(dim=1, stable=True)[:, :width]  # [B, L], scored ones first
-    with _head_sees_only(model, positions):
+    with _head_sees_only(model, positions, labels.shape[1]) as head:
         logits = _logits(model, inputs)
-    if logits.shape[1] != width:
+    if not head.selected:
+        _check_length(logits, labels.shape[1])
         logits = _take(logits, positions)
     losses = F.cross_entropy(
         logits.flatten(0, 1), labels.gather(1, positions).flatten(), ignore_index=IGNORED, reduction="none"
@@ -145,22 +148,38 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
+@dataclass
+class _Head:
+    selected: bool = False
+
+
 @contextlib.contextmanager
-def _head_sees_only(model: nn.Module, positions: Int[Tensor, "examples scored"]) -> Iterator[None]:
+def _head_sees_only(model: nn.Module, positions: Int[Tensor, "examples scored"], length: int) -> Iterator[_Head]:
     """Let only the given positions reach the vocabulary projection, the widest layer: exact, and much less work."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None:
-        yield
-        return
+    state = _Head()
 
     def select(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (_take(args[0], positions), *args[1:]) if args[0].ndim == 3 else args
+        if args[0].ndim != 3:
+            return args
+        _check_length(args[0], length)
+        state.selected = True
+        return (_take(args[0], positions), *args[1:])
 
-    handle = head.register_forward_pre_hook(select)
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    handle = head.register_forward_pre_hook(select) if head is not None else None
     try:
-        yield
+        yield state
     finally:
-        handle.remove()
+        if handle:
+            handle.remove()
+
+
+def _check_length(values: Tensor, length: int) -> None:
+    if values.shape[1] != length:
+        raise ValueError(
+            f"The labels must have one entry per position of the output, but they have {length} and the output has "
+            f"{values.shape[1]}; check the collator."
+        )
 
 
 def _take(values: Float[Tensor, "examples tokens width"], positions: Int[Tensor, "examples scored"]) -> Tensor:

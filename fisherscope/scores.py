@@ -118,16 +118,15 @@ class FisherScores(Mapping[str, Tensor]):
         """
         with storage.open_hdf5(path, FORMAT) as file:
             facts = storage.attributes(file)
-            num_examples = int(facts["num_examples"])
+            try:
+                num_examples = int(facts["num_examples"])
+                kind = [str(facts[key]) for key in ("estimator", "unit", "reduction")]
+                provenance = dict(json.loads(facts["provenance"]))
+            except (KeyError, TypeError, ValueError) as error:
+                raise storage.WrongFile(f"{path} has damaged attributes; make it again.") from error
             divisor = num_examples if "progress" in facts else 1
-            return FisherScores(
-                {name: tensor / divisor for name, tensor in read_tensors(file).items()},
-                num_examples,
-                facts["estimator"],
-                facts["unit"],
-                facts["reduction"],
-                json.loads(facts["provenance"]),
-            )
+            tensors = {name: tensor / divisor for name, tensor in read_tensors(file).items()}
+        return FisherScores(tensors, num_examples, *kind, provenance)  # pyright: ignore[reportArgumentType]
 
 
 def by_layer(scores: FisherScores, *, include_new: bool = False) -> dict[str, float]:
@@ -170,10 +169,8 @@ def read_tensors(file: h5py.File) -> dict[str, Tensor]:
         raise storage.WrongFile(f"{file.filename} has no group 'scores'; make it again.")
     tensors = {}
     for name, dataset in group.items():
-        values = np.asarray(dataset[()])
-        if values.dtype not in (np.float32, np.float64):
-            raise storage.WrongFile(
-                f"{file.filename} has {values.dtype} values under '{name}', but scores are float32."
-            )
-        tensors[name] = torch.from_numpy(values)
+        if not isinstance(dataset, h5py.Dataset) or dataset.dtype not in ("float32", "float64"):
+            found = f"{dataset.dtype} values" if isinstance(dataset, h5py.Dataset) else "no data set"
+            raise storage.WrongFile(f"{file.filename} has {found} under '{name}', but scores are float32.")
+        tensors[name] = torch.from_numpy(np.asarray(dataset))
     return tensors

@@ -187,6 +187,22 @@ _LLAMA = _COMMON | {
     "intermediate_size": 2 * WIDTH, "max_position_embeddings": 16, "tie_word_embeddings": False,
 }  # fmt: skip
 
+
+def checkpoint(
+    name: str, folder: Path, dtype: torch.dtype = torch.float32, pad: str | None = "[PAD]", **settings
+) -> Path:
+    """A tiny model with a tokenizer, as ``save_pretrained`` leaves them."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "</s>", *(f"w{i}" for i in range(VOCABULARY - 3))])}
+    roles = {"unk_token": "[UNK]", "eos_token": "</s>"} | ({"pad_token": pad} if pad else {})
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles).save_pretrained(folder)
+    built(name, **settings).to(dtype).save_pretrained(folder)
+    return folder
+
+
 LENGTHS = (7, 3, 9, 5, 2, 6, 9, 4)
 
 
@@ -233,6 +249,26 @@ def case(name: str, lengths: Sequence[int] = LENGTHS, seed: int = 0, **settings:
     objective, make = _KINDS[name]
     draw = torch.Generator().manual_seed(seed)
     return Case(built(name, seed, **settings), objective, [make(length, draw) for length in lengths])
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Modules that a test makes by hand start from the same weights every time."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Annotations are not checked at run time, as users have it, so that our own refusals are reached."""
+    try:
+        from jaxtyping import config
+    except ModuleNotFoundError:
+        yield
+        return
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from conftest import IGNORED, Case, Interrupted, Stopping, batched, built, case
+from conftest import IGNORED, Case, Interrupted, Stopping, batched, built, case, checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from fisherscope.masks import Mask, MaskMismatch, bottom_fraction, random_fracti
 from fisherscope.models import infer_objective, load_model
 from fisherscope.objectives import example_losses
 from fisherscope.scores import FisherScores
+
+pytestmark = pytest.mark.usefixtures("unchecked")
 
 fisher = functools.partial(estimate_fisher, progress=False)
 scan = functools.partial(scan_landscape, progress=False)
@@ -162,12 +164,19 @@ def test_format_of_an_unknown_file(tmp_path: Path):
     refused(storage.WrongFile, sentence, storage.file_format, path)
 
 
-def test_reduction_and_engine_are_listed():
+@pytest.mark.parametrize(
+    ("option", "known"),
+    [
+        ("reduction", "'mean' or 'sum'"),
+        ("engine", "'auto' or 'hooks' or 'loop'"),
+        ("estimator", "'empirical'"),
+        ("unit", "'sequence'"),
+    ],
+)
+def test_options_of_a_run_are_listed(option: str, known: str):
     model, batches = plain()
-    sentence = "reduction must be 'mean' or 'sum', got 'max'."
-    refused(ValueError, sentence, fisher, model, batches, objective=squares, reduction="max")
-    sentence = "engine must be 'auto', 'hooks' or 'loop', got 'fast'."
-    refused(ValueError, sentence, fisher, model, batches, objective=squares, engine="fast")
+    sentence = f"{option} must be {known}, got 'best'."
+    refused(ValueError, sentence, fisher, model, batches, objective=squares, **{option: "best"})
 
 
 def test_model_without_anything_to_score():
@@ -227,8 +236,8 @@ def test_model_without_logits(bert: Case):
 def test_model_with_another_head(bert: Case):
     batch = {**batched(bert.examples, 3)[0], "labels": torch.zeros(3, dtype=torch.long)}
     sentence = (
-        "The objective classification needs logits of shape [3, classes], but the model returned [3, 9, 99]; load it "
-        "with this objective."
+        "The objective classification needs one label per example and logits of shape [3, classes], but labels are [3] "
+        "and logits [3, 9, 99]; load the model with this objective."
     )
     refused(ValueError, sentence, example_losses, bert.model, batch, "classification")
 
@@ -501,7 +510,7 @@ def test_checkpoint_with_another_number_of_labels(tmp_path: Path):
 
 
 def test_objective_that_the_architecture_lacks(tmp_path: Path):
-    built("gpt2").save_pretrained(tmp_path)
+    checkpoint("gpt2", tmp_path)
     with pytest.raises(ValueError, match="mlm") as error:
         load_model(tmp_path, objective="mlm")
     assert "\n" not in str(error.value)

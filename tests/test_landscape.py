@@ -434,6 +434,7 @@ def small() -> Landscape:
     return Landscape(axes, np.arange(15.0).reshape(3, 5), np.ones((3, 5), dtype=bool))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_file_is_refused_in_one_sentence(damage: str, tmp_path: Path):
     path = tmp_path / "landscape.h5"

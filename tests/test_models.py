@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, built, untouched
-from tokenizers import Tokenizer, models
+from conftest import VOCABULARY, built, checkpoint, untouched
 from torch import nn
-from transformers import PreTrainedTokenizerFast
 from transformers.pytorch_utils import Conv1D
 
 from fisherscope.models import (
@@ -31,20 +29,10 @@ HEADS = {
 }  # fmt: skip
 
 
-def saved(name: str, folder: Path, dtype: torch.dtype = torch.float32, pad: str | None = "[PAD]", **settings) -> Path:
-    """A tiny checkpoint with a tokenizer, as ``save_pretrained`` leaves it."""
-    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "</s>", *(f"w{i}" for i in range(VOCABULARY - 3))])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    roles = {"unk_token": "[UNK]", "eos_token": "</s>"} | ({"pad_token": pad} if pad else {})
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles).save_pretrained(folder)
-    built(name, **settings).to(dtype).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
-    return {name: saved(name, root / name) for name in HEADS}
+    return {name: checkpoint(name, root / name) for name in HEADS}
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -62,7 +50,7 @@ def test_model_comes_with_the_head_it_was_saved_with(name: str, folders: dict, c
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_weights_are_float32_whatever_the_checkpoint_has(dtype: torch.dtype, tmp_path: Path):
-    model, _ = load_model(saved("bert", tmp_path / "m", dtype), device="cpu")
+    model, _ = load_model(checkpoint("bert", tmp_path / "m", dtype), device="cpu")
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     wide, _ = load_model(tmp_path / "m", device="cpu", dtype=torch.float64)
     assert {p.dtype for p in wide.parameters()} == {torch.float64}
@@ -105,7 +93,7 @@ def test_description_names_the_folder_without_its_path(folders: dict):
 
 
 def test_padding_id_for_models_that_have_none(tmp_path: Path):
-    folder = saved("gpt2", tmp_path / "gpt2", pad=None, pad_token_id=None)
+    folder = checkpoint("gpt2", tmp_path / "gpt2", pad=None, pad_token_id=None)
     model, tokenizer = load_model(folder, objective="classification", num_labels=2, device="cpu")
     assert model.config.pad_token_id == tokenizer.eos_token_id
     ids = torch.tensor([[3, 4, 5], [6, 7, tokenizer.eos_token_id]])

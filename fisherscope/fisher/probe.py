@@ -19,6 +19,9 @@ from torch.utils._pytree import tree_leaves
 Key = int | str
 Sizes = dict[Key, int | None]
 
+OUTSIDE = nn.Module()
+"""Stands for the code around the model: a loss function that uses a parameter itself."""
+
 
 @dataclass
 class Usage:
@@ -26,12 +29,14 @@ class Usage:
 
     Attributes:
         parameters: Canonical names of the parameters used by operations of this module's own forward function.
-        sizes: For every run, for every call, the length of the first axis of each tensor input and of the output
+        sizes: For both runs, for every call, the length of the first axis of each tensor input and of the output
             (``None`` where there is none, or the output is no tensor).
+        call: Inputs and output of the latest call.
     """
 
     parameters: set[str] = field(default_factory=set)
-    sizes: list[list[Sizes]] = field(default_factory=list)
+    sizes: tuple[list[Sizes], list[Sizes]] = field(default_factory=lambda: ([], []))
+    call: tuple[tuple[Any, ...], dict[str, Any], Any] = ((), {}, None)
 
     def batched(self) -> frozenset[Key] | None:
         """The inputs (and ``"output"``) indexed by example in every call; None if the calls do not agree."""
@@ -59,7 +64,7 @@ def _grows(pair: tuple[Sizes, Sizes], key: Key) -> bool:
 def watch(
     model: nn.Module, batch: Mapping[str, Tensor], names: Mapping[int, str], run: Callable[[dict[str, Tensor]], Any]
 ) -> dict[nn.Module, Usage]:
-    """Run the model on two and on three examples of a batch and report how its modules use their parameters.
+    """Run the model on two and on three examples of a batch and report on every module that is called.
 
     Args:
         model: The model that ``run`` calls.
@@ -69,13 +74,14 @@ def watch(
     """
     usages: dict[nn.Module, Usage] = defaultdict(Usage)
     for size in (2, 3):
-        for usage in usages.values():
-            usage.sizes.append([])
         with torch.no_grad(), _Watcher(model, names, usages, run_number=size - 2):
-            run({name: value[torch.arange(size, device=value.device) % len(value)] for name, value in batch.items()})
-    for usage in usages.values():
-        usage.sizes += [[] for _ in range(2 - len(usage.sizes))]
-    return {module: usage for module, usage in usages.items() if usage.parameters}
+            run(repeated(batch, size))
+    return dict(usages)
+
+
+def repeated(batch: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+    """The first ``size`` examples of a batch, over again where it has fewer."""
+    return {name: value[torch.arange(size, device=value.device) % len(value)] for name, value in batch.items()}
 
 
 class _Watcher(TorchFunctionMode):
@@ -86,7 +92,7 @@ class _Watcher(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.model, self.names, self.usages, self.run_number = model, names, usages, run_number
-        self.running: list[nn.Module] = []
+        self.running: list[nn.Module] = [OUTSIDE]
         self.hooks = ExitStack()
 
     def __enter__(self) -> "_Watcher":
@@ -103,7 +109,7 @@ class _Watcher(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if self.running and isinstance(result, (Tensor, tuple, list)):  # .dtype and .size() are no use of the values
+        if isinstance(result, (Tensor, tuple, list)):  # .dtype and .size() are no use of the values
             for value in tree_leaves((args, kwargs)):
                 if id(value) in self.names:
                     self.usages[self.running[-1]].parameters.add(self.names[id(value)])
@@ -115,9 +121,9 @@ class _Watcher(TorchFunctionMode):
     def _end(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self.running.pop()
         sizes = {key: _length(value) for key, value in (*enumerate(args), *kwargs.items(), ("output", output))}
-        runs = self.usages[module].sizes
-        runs += [[] for _ in range(self.run_number + 1 - len(runs))]
-        runs[self.run_number].append(sizes)
+        usage = self.usages[module]
+        usage.call = (args, kwargs, output)
+        usage.sizes[self.run_number].append(sizes)
 
 
 def _length(value: Any) -> int | None:

@@ -25,6 +25,11 @@ class Stacked:
 
     gradients: Float[Tensor, "examples *parameter"]
 
+    @property
+    def num_examples(self) -> int:
+        """B."""
+        return len(self.gradients)
+
     def add_to(self, buffer: Tensor, example: int) -> None:
         """Add the gradient of one example to ``buffer``."""
         buffer.add_(self.gradients[example])
@@ -36,6 +41,11 @@ class Outer:
 
     left: Float[Tensor, "examples positions rows"]
     right: Float[Tensor, "examples positions columns"]
+
+    @property
+    def num_examples(self) -> int:
+        """B."""
+        return len(self.left)
 
     def add_to(self, buffer: Tensor, example: int, *, scale: float = 1.0) -> None:
         """Add the gradient of one example to ``buffer``, or write it there with ``scale=0``; zero rows are skipped."""
@@ -52,6 +62,11 @@ class Lookup:
 
     ids: Int[Tensor, "examples positions"]
     gradients: Float[Tensor, "examples positions width"]
+
+    @property
+    def num_examples(self) -> int:
+        """B."""
+        return len(self.ids)
 
     def add_to(self, buffer: Tensor, example: int) -> None:
         """Add the gradient of one example to ``buffer``."""
@@ -95,11 +110,14 @@ def _pair_numbers(ids: Tensor, rows: int) -> Tensor:
 
 def _accumulate_in_buffer(score: Tensor, contributions: Sequence[Contribution]) -> None:
     """One reused buffer of the parameter's size: form an example's whole gradient, square it, add it."""
-    first = next(c for c in contributions if isinstance(c, Outer))
+    first = next((c for c in contributions if isinstance(c, Outer)), None)
     others = [c for c in contributions if c is not first]
     buffer = torch.zeros_like(score)
-    for example in range(len(first.left)):
-        first.add_to(buffer, example, scale=0.0)
+    for example in range(contributions[0].num_examples):
+        if first:
+            first.add_to(buffer, example, scale=0.0)  # overwrites what the previous example left
+        else:
+            buffer.zero_()
         for other in others:
             other.add_to(buffer, example)
         score.addcmul_(buffer, buffer)
@@ -168,7 +186,7 @@ def generic(batched: frozenset[int | str]) -> Rule:
     def rule(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], grad: Tensor) -> dict[str, Contribution]:
         inputs: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
         fixed = {key: value for key, value in inputs.items() if key not in batched}
-        own = {name: p.detach() for name, p in module.named_parameters(recurse=False)}
+        own = {name: p.detach() for name, p in module.named_parameters(recurse=False, remove_duplicate=False)}
 
         def example_gradient(gradient: Tensor, example: dict[int | str, Tensor]) -> dict[str, Tensor]:
             values = {**fixed, **{key: value[None] for key, value in example.items()}}
@@ -198,5 +216,7 @@ _RULES: dict[Any, Rule] = {
 def rule_for(module: nn.Module) -> Rule | None:
     """The fast rule of a module, by the very function that is its forward pass: an override has none."""
     if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm is not None):
+        return None
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) > 1:
         return None
     return _RULES.get(type(module).forward)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from .. import storage
 from .._progress import progress_bar
 from ..models import describe, infer_objective, measuring
 from ..objectives import Batch, LossFunction
-from ..scores import FORMAT, FisherScores, Reduction, read_tensors, write
+from ..scores import FORMAT, Estimator, FisherScores, Reduction, Unit, read_tensors, write
 from .engines import Engine, hooks_engine, loop_engine
 
 logger = logging.getLogger(__name__)
@@ -30,6 +30,8 @@ def estimate_fisher(
     batches: Iterable[Batch],
     *,
     objective: str | LossFunction | None = None,
+    estimator: Estimator = "empirical",
+    unit: Unit = "sequence",
     reduction: Reduction = "mean",
     engine: EngineName = "auto",
     progress: bool = True,
@@ -49,10 +51,13 @@ def estimate_fisher(
             ``labels``: -100 ignored, causal labels unshifted), the example axis first.
         objective: ``"mlm"``, ``"causal-lm"``, ``"seq2seq-lm"``, ``"classification"``, ``"regression"``, or a function
             ``(model, batch) -> losses of shape [B]``; None infers it from the model's head.
+        estimator: ``"empirical"``: the labels are those of the data.
+        unit: ``"sequence"``: every example is one term of the sum.
         reduction: Whether :math:`\ell_n` is the ``"mean"`` or the ``"sum"`` over the example's scored tokens.
         engine: ``"loop"`` is one backward pass per example, ``"hooks"`` the batched engine; ``"auto"`` means hooks.
         progress: Show a bar with the expected time to the end.
-        checkpoint: A file for the sums so far; when it exists the run goes on where it stopped. Removed at the end.
+        checkpoint: A file for the sums so far; when it exists the run goes on where it stopped. It stays at the end, so
+            that nothing is lost before the scores are saved.
 
     Returns:
         Scores in the parameters' shapes, float32 (float64 for a float64 model), squared nats per squared unit.
@@ -66,10 +71,14 @@ def estimate_fisher(
     scored = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not scored:
         raise ValueError("A Fisher run scores the parameters that require a gradient, but this model has none.")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
-    if engine not in ("auto", "hooks", "loop"):
-        raise ValueError(f"engine must be 'auto', 'hooks' or 'loop', got {engine!r}.")
+    for name, value, known in (
+        ("estimator", estimator, get_args(Estimator)),
+        ("unit", unit, get_args(Unit)),
+        ("reduction", reduction, get_args(Reduction)),
+        ("engine", engine, get_args(EngineName)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}.")
     facts = _facts(model, batches, objective, reduction, engine)
     state = _State.start(scored) if checkpoint is None else _State.resume(Path(checkpoint), scored, facts)
     add = (loop_engine if engine == "loop" else hooks_engine)(model, objective, reduction)
@@ -123,7 +132,10 @@ class _State:
                 raise ValueError(
                     f"{path} was begun with reduction {file.attrs['reduction']}; delete it to start afresh."
                 )
-            sums = {name: tensor.to(scored[name].device) for name, tensor in read_tensors(file).items()}
+            saved = read_tensors(file)
+            if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in scored.items()}:
+                raise ValueError(f"{path} was begun with another set of parameters; delete it to start afresh.")
+            sums = {name: tensor.to(scored[name].device) for name, tensor in saved.items()}
             batches, seen, used = (int(v) for v in before["progress"])
         logger.info("Going on after %d examples.", seen)
         return _State(sums, batches, seen, used)

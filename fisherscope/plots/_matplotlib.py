@@ -169,8 +169,8 @@ def _draw_surface(axes: Any, panel: Panel, scale: Scale) -> None:
         axis.set_pane_color("0.97")
         axis.line.set(color="0.5", linewidth=0.5)
         axis._axinfo["grid"].update(color="0.85", linewidth=0.4)  # the only way to thin the grid of 3-D axes
-    set_ticks(axes.xaxis, _step_ticks(x))
-    set_ticks(axes.yaxis, _step_ticks(y))
+    for axis, steps in ((axes.xaxis, x), (axes.yaxis, y)):  # half way out, since texts would meet in the corner
+        set_ticks(axis, _step_ticks(steps / 2 if steps[0] < 0 < steps[-1] else steps))
     set_ticks(axes.zaxis, scale.box_ticks)
     axes.tick_params(axis="z", pad=24 * max(text_width(text) for _, text in scale.box_ticks) - 4.5)  # texts are centred
     axes.set_zlim(scale.low, scale.high)
@@ -201,7 +201,9 @@ def _draw_contour(axes: Axes, panel: Panel, scale: Scale) -> None:
     axes.patch.set(hatch="/////", edgecolor="0.7")
     if np.isfinite(panel.losses).any():
         levels = np.linspace(scale.low, scale.high, LEVELS + 1)
-        axes.contourf(x, y, panel.losses.T, levels, cmap=_colours(LEVELS), extend="max" if scale.is_cut else "neither")
+        extend = "max" if scale.is_cut else "neither"
+        bands = axes.contourf(x, y, panel.losses.T, levels, cmap=_colours(LEVELS), extend=extend)
+        bands.set(edgecolor="face", linewidth=0.3)  # else viewers show the page between the bands
     for reference in panel.references:
         _draw_level(axes, panel, reference)
     if panel.centre is not None:

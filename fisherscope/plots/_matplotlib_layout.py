@@ -103,6 +103,7 @@ class Page:
         scale, axes = self.panels.scale, self._place(self.bar_left, (top + bottom - height) / 2, _BAR, height)
         mappable = ScalarMappable(Normalize(scale.low, scale.high), colours)
         bar = self.figure.colorbar(mappable, axes, extend="max" if scale.is_cut else "neither", label=scale.label)
+        bar.solids.set_edgecolor("face")  # else viewers show the page between the bands
         set_ticks(bar.ax.yaxis, scale.ticks)
         for mark in self.marks:
             bar.ax.axhline(mark.value, color="black", linewidth=0.8, path_effects=outline())

@@ -52,7 +52,7 @@ def short_title(title: str) -> str:
 def round_ticks(low: float, high: float) -> list[tuple[float, str]]:
     """Up to eight round numbers between two others, with their texts."""
     step, decimals = _round_step((high - low) / 7)
-    digits = math.floor(math.log10(max(abs(low), abs(high)) / step)) + 1
+    digits = math.floor(math.log10(max(abs(low), abs(high)))) + decimals + 1
     texts = f",.{decimals}f" if decimals < 5 else f".{digits}g"
     return [(k * step, f"{k * step:{texts}}") for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
@@ -169,7 +169,7 @@ def _cut_note(losses: np.ndarray, scale: Scale, rule: str, is_in_nats: bool) -> 
     if rule:
         value = f"{scale.high:.3g}{' nats' if is_in_nats else ''}"
         if scale.metric == "perplexity":
-            value += f", perplexity {float(scale.shown(np.array(scale.high))):,.0f}"
+            value += f", perplexity {scale.shown(np.array([scale.high]))[0]:,.0f}"
         notes.append(f"cut at {rule} = {value}; {int((losses > scale.high).sum()):,} of {losses.size:,} points above")
     if undefined := int(np.isnan(losses).sum() + np.isneginf(losses).sum()):
         notes.append(f"not a number at {undefined:,} of {losses.size:,}")

@@ -1,0 +1,698 @@
+"""Figures: the numbers they show against plain Python, the files they become, and that both backends agree."""
+
+import base64
+import inspect
+import json
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
+
+from fisherscope import plots
+from fisherscope.landscape import Axis, Landscape
+from fisherscope.plots import _matplotlib, _plotly
+from fisherscope.plots._prepare import Layers, Lines, Panels, columns
+from fisherscope.plots._prepare_landscapes import panels, perplexity_ticks, round_ticks, short_title
+from fisherscope.plots._prepare_scores import layers, short_labels, sorted_lines, thinned
+from fisherscope.scores import FisherScores
+
+REFERENCES = {"uniform": 8.0, "unigram": 5.0}
+BACKENDS = (_matplotlib, _plotly)
+SUFFIXES = (".pdf", ".png", ".svg", ".html")
+PUBLIC = ["contour", "curves", "layer_scores", "sorted_scores", "surface"]
+
+
+def axis(number: int, points: int = 5, span: float = 1.0, norm: float = 12.34, entries: int = 1234567) -> Axis:
+    return Axis(f"axis{number}", np.linspace(-span, span, points), norm, entries)
+
+
+def landscape(loss: Any, **facts: Any) -> Landscape:
+    """A landscape around a grid of losses; a loss of None is a point not yet measured."""
+    values = np.array(loss, dtype=float)
+    evaluated = np.array([value is not None for value in np.array(loss, dtype=object).flat]).reshape(values.shape)
+    axes = facts.pop("axes", tuple(axis(number, size) for number, size in enumerate(values.shape)))
+    return Landscape(axes, values, evaluated, **{"references": REFERENCES, "objective": "mlm"} | facts)
+
+
+def bowl(steep: float = 5.0, base: float = 2.0, points: tuple[int, ...] = (7, 5), **facts: Any) -> Landscape:
+    """A landscape whose loss is different in every direction."""
+    grids = np.meshgrid(*(np.linspace(-1, 1, size) for size in points), indexing="ij")
+    loss = base + sum((1 + k) * steep * g**2 + 0.3 * k * g for k, g in enumerate(grids))
+    return landscape(loss.tolist(), **facts)
+
+
+def scores(
+    tensors: dict[str, Any], name: str = "", new: tuple[str, ...] = (), prefix: str = "", **facts: Any
+) -> FisherScores:
+    """Scores of a model with new parameters and with a prefix of its backbone."""
+    provenance = {"model": {"name": name, "new_parameters": list(new), "prefix": prefix}, "objective": "mlm"}
+    provenance |= facts.pop("provenance", {})
+    return FisherScores({k: torch.tensor(v) for k, v in tensors.items()}, 8, provenance=provenance, **facts)
+
+
+def some_scores(seed: int = 0, size: int = 40, **facts: Any) -> FisherScores:
+    drawn = np.random.default_rng(seed).random((4, size)) ** 6
+    drawn[0, :3] = 0.0
+    names = ("net.embed.weight", "net.layer.0.a.weight", "net.layer.1.a.weight", "head.bias")
+    return scores({name: row.tolist() for name, row in zip(names, drawn, strict=True)}, prefix="net.", **facts)
+
+
+def surface_panels(*given: Landscape, metric: str = "loss", titles: Any = None) -> Panels:
+    return panels(list(given), metric, titles, axes=given[0].loss.ndim, plot="surface")
+
+
+# What is shown: landscapes
+
+
+def test_all_panels_share_one_scale_from_the_lowest_to_the_highest_loss():
+    scale = surface_panels(bowl(1.0, base=2.5), bowl(0.5, base=3.0)).scale
+    assert (scale.low, scale.high, scale.is_cut) == (2.5, pytest.approx(2.5 + 3 * 1 + 0.3), False)
+
+
+def test_language_models_are_cut_half_a_nat_above_guessing_and_the_note_counts_what_lies_above():
+    first, second = bowl(5.0), bowl(1.0)
+    shown = surface_panels(first, second)
+    values = [*first.loss.flat, *second.loss.flat]
+    above = sum(value > 8.5 for value in values)
+    assert (shown.scale.high, shown.scale.is_cut) == (8.5, True)
+    assert 0 < above < len(values)
+    assert shown.notes[0] == f"cut at ln V + 0.5 = 8.5 nats; {above} of {len(values)} points above"
+
+
+def test_a_model_worse_than_guessing_is_not_cut_away():
+    grid = [[9.0, 9.1, 9.2], [9.1, 8.9, 9.3], [9.0, 9.1, 9.2]]
+    scale = surface_panels(landscape(grid)).scale
+    assert (scale.low, scale.high, scale.is_cut) == (8.9, 9.3, False)
+
+
+def test_without_a_reference_only_extremes_are_cut():
+    calm = np.linspace(0.1, 1.0, 49).reshape(7, 7)
+    wild = calm.copy()
+    wild[0, 0] = 500.0
+    facts: dict[str, Any] = {"objective": "classification", "references": {}}
+    assert surface_panels(landscape(calm.tolist(), **facts)).scale.high == 1.0
+    shown = surface_panels(landscape(wild.tolist(), **facts))
+    limit = float(np.percentile(wild, 95))
+    assert shown.scale.high == limit < 1.1
+    assert shown.notes[0] == f"cut at the 95th percentile = {limit:.3g} nats; {(wild > limit).sum()} of 49 points above"
+
+
+def test_infinity_counts_as_above_and_nan_as_no_number_and_neither_is_a_value():
+    grid = [[3.0, math.inf, 4.0], [3.5, 2.0, math.nan], [3.0, 3.0, None]]
+    shown = surface_panels(landscape(grid))
+    assert shown.notes[0] == "cut at ln V + 0.5 = 8.5 nats; 1 of 8 points above; not a number at 1 of 8"
+    values = shown.panels[0].losses
+    assert np.isnan(values).tolist() == [[False, True, False], [False, False, True], [False, False, True]]
+    assert values[1, 0] == 3.5
+    assert shown.panels[0].notes[-1] == "8 of 9 points"
+
+
+def test_the_largest_finite_value_ends_the_scale_of_other_losses_that_reach_infinity():
+    shown = surface_panels(landscape([[1.0, math.inf], [2.0, 3.0]], objective="regression", references={}))
+    assert shown.scale.high == 3.0
+    assert shown.notes[0] == "cut at the largest finite value = 3; 1 of 4 points above"
+
+
+def test_a_flat_landscape_has_a_scale():
+    scale = surface_panels(landscape([[2.0, 2.0], [2.0, 2.0]])).scale
+    assert scale.low < 2.0 < scale.high
+
+
+def test_the_centre_is_where_every_step_is_zero_and_measured():
+    assert surface_panels(bowl(base=2.25)).panels[0].centre == 2.25
+    assert surface_panels(landscape([[1.0, 1.0, 1.0], [1.0, None, 1.0], [1.0, 1.0, 1.0]])).panels[0].centre is None
+    moved = tuple(replace(a, steps=a.steps + 0.1) for a in bowl().axes)
+    assert surface_panels(landscape(bowl().loss.tolist(), axes=moved)).panels[0].centre is None
+
+
+def test_references_are_those_inside_the_range():
+    deep, shallow = surface_panels(bowl(5.0), bowl(0.5, base=4.8)).panels
+    assert [(r.label, r.value) for r in deep.references] == [("ln V", 8.0), ("unigram entropy", 5.0)]
+    assert [r.label for r in shallow.references] == ["unigram entropy"]
+    assert surface_panels(bowl(0.1)).references == ()
+
+
+def test_a_panel_says_how_many_entries_move_and_how_far():
+    axes = (axis(0, 3, norm=12.345, entries=1000), axis(1, 3, norm=56780.0, entries=2000))
+    grid = [[2.0] * 3] * 3
+    assert surface_panels(landscape(grid, axes=axes)).panels[0].notes == (
+        "1,000 / 2,000 entries move",
+        "‖d₁‖ = 12.3, ‖d₂‖ = 56,780",
+    )
+    assert surface_panels(bowl(points=(5,))).panels[0].notes == ("1,234,567 entries move", "‖d‖ = 12.3")
+
+
+@pytest.mark.parametrize(
+    ("rule", "title"),
+    [
+        ("all entries", "all entries"),
+        ("top 0.5 of entries within model", "top 50\N{NO-BREAK SPACE}% of entries"),
+        ("bottom 0.125 of rows within layer", "bottom 12.5\N{NO-BREAK SPACE}% of rows per layer"),
+        ("top 1e-05 of entries within parameter", "top 0.001\N{NO-BREAK SPACE}% of entries per parameter"),
+        ("random 0.5 of entries within model, seed 3", "random 50\N{NO-BREAK SPACE}% of entries (seed 3)"),
+        ("~(top 0.5 of entries within model)", "not (top 50\N{NO-BREAK SPACE}% of entries)"),
+        ("a mask", "a mask"),
+    ],
+)
+def test_titles_are_short(rule: str, title: str):
+    assert short_title(rule) == title
+
+
+def test_titles_name_the_model_when_there_are_several_and_are_numbered_when_they_are_the_same():
+    a, b = (bowl(provenance={"model": {"name": name}}) for name in ("a", "b"))
+    assert [p.title for p in surface_panels(a, a).panels] == ["all entries (1)", "all entries (2)"]
+    assert [p.title for p in surface_panels(a, b).panels] == ["a: all entries", "b: all entries"]
+    assert [p.title for p in surface_panels(a, b, titles=["x", "x"]).panels] == ["x", "x"]
+    assert surface_panels(a, titles="one").panels[0].title == "one"
+
+
+@pytest.mark.parametrize(
+    ("objective", "label"),
+    [
+        ("mlm", "MLM loss (nats per scored token)"),
+        ("causal-lm", "loss (nats per token)"),
+        ("seq2seq-lm", "loss (nats per target token)"),
+        ("classification", "loss (nats per example)"),
+        ("regression", "squared error per example"),
+        ("my_loss", "my_loss per example"),
+    ],
+)
+def test_the_scale_names_quantity_and_unit(objective: str, label: str):
+    assert surface_panels(bowl(objective=objective)).scale.label == label
+
+
+def test_perplexity_is_the_same_picture_with_other_ticks():
+    loss, perplexity = (surface_panels(bowl(), metric=metric) for metric in ("loss", "perplexity"))
+    assert perplexity.scale.label == "MLM perplexity (logarithmic scale)"
+    assert (perplexity.scale.low, perplexity.scale.high) == (loss.scale.low, loss.scale.high)
+    assert np.array_equal(perplexity.panels[0].losses, loss.panels[0].losses)
+    assert [math.log(float(text.replace(",", ""))) for _, text in perplexity.scale.ticks] == pytest.approx(
+        [position for position, _ in perplexity.scale.ticks]
+    )
+    assert perplexity.scale.shown(np.array([0.0, 2.0])) == pytest.approx([1.0, math.exp(2)])
+    assert f"8.5 nats, perplexity {math.exp(8.5):,.0f}; " in perplexity.notes[0]
+
+
+@given(low=st.floats(-1e3, 1e3), width=st.floats(1e-4, 1e4))
+def test_round_ticks_lie_inside_and_say_where(low: float, width: float):
+    ticks = round_ticks(low, low + width)
+    assert 2 <= len(ticks) <= 8
+    for position, text in ticks:
+        assert low - 1e-9 * width <= position <= low + width * (1 + 1e-9)
+        assert float(text.replace(",", "")) == pytest.approx(position, rel=1e-6, abs=1e-6 * width)
+    assert len({text for _, text in ticks}) == len(ticks)
+
+
+@given(low=st.floats(0, 60), width=st.floats(0.01, 40))
+def test_perplexity_ticks_lie_inside_and_say_where(low: float, width: float):
+    ticks = perplexity_ticks(low, low + width)
+    assert 2 <= len(ticks) <= 8
+    for position, text in ticks:
+        assert low - 1e-9 <= position <= low + width + 1e-9
+        assert math.log(float(text.replace(",", ""))) == pytest.approx(position, abs=1e-3 * width)
+
+
+def test_perplexity_ticks_survive_losses_whose_exponential_overflows():
+    assert perplexity_ticks(800.0, 800.5)[0] == (800.0, "e^800.0")
+
+
+def test_rows_are_as_equal_as_possible():
+    assert [columns(count, 3) for count in (1, 2, 3, 4, 5, 7)] == [1, 2, 3, 2, 3, 3]
+    assert [columns(count, 4) for count in (4, 5, 6, 9)] == [4, 3, 3, 3]
+
+
+# What is shown: scores
+
+
+def test_sorted_entries_are_all_entries_in_ascending_order():
+    given = some_scores()
+    lines = sorted_lines(given, "entry", False, None)
+    values = sorted(value for name in given for value in given[name].tolist())
+    positive = [(rank, value) for rank, value in enumerate(values, 1) if value > 0]
+    (line,) = lines.lines
+    assert list(zip(line.x.tolist(), line.y.tolist(), strict=True)) == positive
+    assert lines.notes == ("scores: 3 of 160 entries are exactly 0",)
+    assert (lines.is_log, lines.is_share, lines.y_label) == (True, False, "Fisher score (nats²)")
+
+
+def test_sorted_parameters_are_the_means_of_every_parameter():
+    given = some_scores()
+    (line,) = sorted_lines(given, "parameter", False, None).lines
+    assert line.y.tolist() == pytest.approx(sorted(sum(t.tolist()) / t.numel() for t in given.values()), rel=1e-6)
+
+
+def test_normalized_scores_run_from_zero_to_one_and_keep_their_zeros():
+    lines = sorted_lines(scores({"a.w": [4.0, 0.0, 1.0]}), "entry", True, None)
+    assert lines.lines[0].y.tolist() == [0.0, 0.25, 1.0]
+    assert (lines.is_log, lines.notes) == (False, ())
+
+
+def test_several_models_are_compared_by_share():
+    small, large = scores({"a.w": [1.0, 2.0, 3.0]}), scores({"a.w": [5.0, 1.0, 4.0, 2.0, 3.0]})
+    lines = sorted_lines([small, large], "entry", False, ["s", "l"])
+    assert [line.x.tolist() for line in lines.lines] == [[0.0, 0.5, 1.0], [0.0, 0.25, 0.5, 0.75, 1.0]]
+    assert lines.x_label == "share of entries, in ascending order"
+
+
+@given(size=st.integers(1, 10**9), data=st.data())
+def test_thinning_keeps_both_ends_and_few_points(size: int, data: st.DataObject):
+    first = data.draw(st.integers(0, size - 1))
+    positions = thinned(first, size, 50)
+    assert (positions[0], positions[-1]) == (first, size - 1)
+    assert len(positions) == min(50, size - first)
+    gaps = np.diff(positions)
+    assert gaps.size == 0 or (gaps.min() >= 1 and gaps.max() - gaps.min() <= 1)
+
+
+def test_a_large_model_becomes_a_short_curve_on_the_true_one():
+    values = torch.rand(100_000, generator=torch.Generator().manual_seed(0))
+    given = FisherScores({"a.w": values}, 1)
+    (line,) = sorted_lines(given, "entry", False, None).lines
+    ordered = sorted(values.tolist())
+    assert len(line.x) == 2000
+    assert line.y.tolist() == [ordered[int(rank) - 1] for rank in line.x]
+    assert (line.y[0], line.y[-1]) == (ordered[0], ordered[-1])
+    assert torch.equal(given["a.w"], values)
+
+
+def test_parameters_drawn_at_random_are_left_out():
+    given = scores({"a.layer.0.w": [1.0, 2.0], "head.w": [1e6], "head.b": [1e7]}, new=("head.w", "head.b"))
+    lines = sorted_lines(given, "entry", False, None)
+    assert lines.lines[0].y.tolist() == [1.0, 2.0]
+    assert lines.notes == layers(given, None).notes == ("without 2 parameters drawn at random",)
+    assert layers(given, None).labels == ("layer 0",)
+
+
+def test_layers_are_means_over_entries_in_the_models_order():
+    tensors = {"embed.w": [0.0, 0.0], "layer.1.a": [1.0, 2.0, 3.0], "layer.1.b": [[10.0]], "layer.0.a": [5.0]}
+    drawn = layers(scores({f"net.{name}": values for name, values in tensors.items()}, name="m", prefix="net."), None)
+    assert drawn.labels == ("embed", "layer 1", "layer 0")
+    (series,) = drawn.series
+    assert (series.x.tolist(), series.y.tolist()) == ([1.0, 2.0], [4.0, 5.0])
+    assert drawn.notes == ("m: exactly 0 in embed",)
+
+
+def test_layers_of_several_models_share_rows_and_keep_their_order():
+    first = scores({"a.embed.w": [1.0], "a.layer.0.w": [2.0], "a.layer.1.w": [3.0], "a.pooler.w": [4.0]}, prefix="a.")
+    second = scores({"b.tokens.w": [1.0], "b.h.0.w": [2.0], "b.h.1.w": [3.0], "b.norm.w": [4.0]}, prefix="b.")
+    drawn = layers([first, second], ["a", "b"])
+    assert drawn.labels == ("tokens", "embed", "layer 0", "layer 1", "norm", "pooler")
+    assert [series.x.tolist() for series in drawn.series] == [[1, 2, 3, 5], [0, 2, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("names", "prefix", "labels"),
+    [
+        (["m.embeddings", "m.encoder.layer.10", "cls.predictions"], "m.", ["embeddings", "layer 10", "head"]),
+        (["m.embeddings", "cls.one", "cls.two"], "m.", ["embeddings", "cls.one", "cls.two"]),
+        (["m.wte", "m.h.0", "m.ln_f"], "m.", ["wte", "layer 0", "ln f"]),
+        (
+            ["shared", "encoder.block.0", "encoder.final_norm", "decoder.block.0", "decoder.final_norm", "lm_head"],
+            "",
+            ["shared", "encoder layer 0", "encoder final norm", "decoder layer 0", "decoder final norm", "lm head"],
+        ),
+        (["layers.0", "layers.1"], "", ["layer 0", "layer 1"]),
+    ],
+)
+def test_layers_have_short_names_that_differ(names: list[str], prefix: str, labels: list[str]):
+    assert short_labels(names, prefix) == labels
+
+
+@pytest.mark.parametrize(("objective", "unit"), [("mlm", " (nats²)"), ("regression", ""), ("my_loss", ""), (None, "")])
+def test_scores_are_in_squared_nats_only_where_the_loss_is_in_nats(objective: str | None, unit: str):
+    given = some_scores(provenance={"objective": objective})
+    assert sorted_lines(given, "entry", False, None).y_label == "Fisher score" + unit
+
+
+# What is refused
+
+
+LINE, MAP = bowl(points=(5,)), bowl()
+ZERO = scores({"a.layer.0.w": [0.0, 0.0]}, name="m")
+
+
+@pytest.mark.parametrize(
+    ("draw", "error", "sentence"),
+    [
+        (lambda out: plots.surface(MAP, "a.jpg"), ValueError,
+         "A figure ends in one of .pdf .png .svg .html, got 'a.jpg'; rename the output."),
+        (lambda out: plots.surface([], out), ValueError, "surface needs at least one Landscape, got none."),
+        (lambda out: plots.surface(some_scores(), out), TypeError,
+         "surface needs a Landscape or a list of them, got FisherScores."),
+        (lambda out: plots.layer_scores([MAP], out), TypeError,
+         "layer_scores needs a FisherScores or a list of them, got Landscape."),
+        (lambda out: plots.surface(LINE, out), ValueError,
+         "surface needs landscapes of exactly two axes, got 1; use curves."),
+        (lambda out: plots.curves(MAP, out), ValueError,
+         "curves needs landscapes of exactly one axis, got 2; use surface or contour."),
+        (lambda out: plots.contour([MAP, LINE], out), ValueError,
+         "The landscapes of one figure need the same number of axes, got 1 and 2; draw those with one axis by curves "
+         "and those with two by surface or contour."),
+        (lambda out: plots.contour([MAP, bowl(objective="regression")], out), ValueError,
+         "The landscapes of one figure share one scale, but these are of mlm and regression, whose losses have "
+         "different units; draw them in separate figures."),
+        (lambda out: plots.contour(bowl(objective="classification"), out, metric="perplexity"), ValueError,
+         "Perplexity needs mlm, causal-lm or seq2seq-lm, but this landscape is of classification; draw the loss."),
+        (lambda out: plots.contour(MAP, out, metric="accuracy"), ValueError,
+         "metric must be 'loss' or 'perplexity', got 'accuracy'."),
+        (lambda out: plots.contour([MAP, MAP], out, titles=["a"]), ValueError,
+         "titles must be one per Landscape (2), got 1."),
+        (lambda out: plots.contour(landscape([[math.nan, None], [math.inf, None]]), out), ValueError,
+         "There is nothing to draw: no point of the landscapes has a finite loss so far."),
+        (lambda out: plots.sorted_scores(some_scores(), out, by="layer"), ValueError,
+         "by must be 'entry' or 'parameter', got 'layer'."),
+        (lambda out: plots.sorted_scores(ZERO, out), ValueError,
+         "All scores of m are 0, so there is nothing to draw on a logarithmic axis."),
+        (lambda out: plots.layer_scores(ZERO, out), ValueError,
+         "All scores are 0, so there is nothing to draw on a logarithmic axis."),
+        (lambda out: plots.sorted_scores(scores({"a.w": [2.0, 2.0]}), out, normalized=True), ValueError,
+         "All scores of scores are 2, so there is nothing to normalise; draw them raw."),
+        (lambda out: plots.sorted_scores([some_scores(), some_scores(reduction="sum")], out), ValueError,
+         "Scores by mean and sum over the tokens of an example have different units; draw them in separate figures, or "
+         "sorted with normalized=True."),
+        (lambda out: plots.sorted_scores(scores({"a.w": [1.0]}, new=("a.w",)), out), ValueError,
+         "There is nothing to draw: every scored parameter was drawn at random."),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_drawn_is_refused_in_a_sentence(
+    tmp_path: Path, draw: Callable[[Path], Path], error: type[Exception], sentence: str
+):
+    with pytest.raises(error) as caught:
+        draw(tmp_path / "a.pdf")
+    assert str(caught.value) == sentence
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scores_of_different_reductions_can_be_compared_when_normalised():
+    sorted_lines([some_scores(), some_scores(reduction="sum")], "entry", True, None)
+
+
+# Files
+
+PREPARED: dict[str, Callable[[], Panels | Lines | Layers]] = {
+    "surface": lambda: surface_panels(bowl(), bowl(1.0), bowl(0.5)),
+    "contour": lambda: surface_panels(bowl(), bowl(1.0), bowl(0.5)),
+    "curves": lambda: surface_panels(bowl(points=(5,)), bowl(1.0, points=(7,))),
+    "sorted_scores": lambda: sorted_lines([some_scores(0), some_scores(1)], "entry", False, None),
+    "layer_scores": lambda: layers([some_scores(0), some_scores(1)], None),
+}
+FIGURES: dict[str, Callable[[Path], Path]] = {
+    "surface": lambda out: plots.surface([bowl(), bowl(1.0)], out),
+    "contour": lambda out: plots.contour([bowl(), bowl(1.0)], out, metric="perplexity"),
+    "curves": lambda out: plots.curves([bowl(points=(5,)), bowl(1.0, points=(7,))], out),
+    "sorted_scores": lambda out: plots.sorted_scores(some_scores(), out),
+    "layer_scores": lambda out: plots.layer_scores(some_scores(), out),
+}
+OPENINGS = {".pdf": b"%PDF", ".png": b"\x89PNG", ".svg": b"<?xml", ".html": (b"<html>", b"<!doctype html>")}
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_figure_becomes_every_kind_of_file_the_same_bytes_each_time(tmp_path: Path, name: str, suffix: str):
+    first, second = (FIGURES[name](tmp_path / f"{number}{suffix}") for number in (1, 2))
+    assert first == tmp_path / f"1{suffix}"
+    assert first.read_bytes().startswith(OPENINGS[suffix])
+    assert first.read_bytes() == second.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"1{suffix}", f"2{suffix}"]
+
+
+def test_the_suffix_may_be_in_capitals(tmp_path: Path):
+    assert FIGURES["curves"](tmp_path / "A.PDF").read_bytes().startswith(b"%PDF")
+
+
+def test_drawing_changes_nothing_global(tmp_path: Path):
+    before = dict(matplotlib.rcParams)
+    with matplotlib.rc_context({"font.size": 30, "figure.dpi": 37}):
+        loud = FIGURES["contour"](tmp_path / "loud.png")
+    assert dict(matplotlib.rcParams) == before
+    assert loud.read_bytes() == FIGURES["contour"](tmp_path / "plain.png").read_bytes()
+
+
+def test_backends_are_imported_only_to_draw():
+    code = "import sys, fisherscope.plots; print([m for m in ('matplotlib', 'plotly') if m in sys.modules])"
+    root = Path(plots.__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_both_backends_have_the_same_functions():
+    assert sorted(plots.__all__) == PUBLIC
+    for backend in BACKENDS:
+        assert sorted(backend.__all__) == sorted([*PUBLIC, "save"])
+    for name in _matplotlib.__all__:
+        first, second = (inspect.signature(getattr(backend, name)).parameters for backend in BACKENDS)
+        assert list(first) == list(second)
+        if name != "save":  # the figure to save is the backend's own
+            assert [p.annotation for p in first.values()] == [p.annotation for p in second.values()]
+
+
+# Figures for print
+
+
+def overflow(figure: Any) -> float:
+    """How many inches of a figure's contents lie outside its edges."""
+    inside = figure.get_tightbbox()
+    width, height = figure.get_size_inches()
+    return float(max(-inside.x0, -inside.y0, inside.x1 - width, inside.y1 - height))
+
+
+@pytest.mark.parametrize("count", [1, 3, 5])
+@pytest.mark.parametrize("name", PUBLIC)
+def test_printed_figures_have_the_width_of_a_column_or_page_and_nothing_outside(name: str, count: int):
+    title = "random 0.5 of entries within layer, seed 123"
+    given: list[Any]
+    if name == "curves":
+        given = [bowl(1.0 + k, points=(5,), title=title) for k in range(count)]
+    elif name in ("surface", "contour"):
+        given = [bowl(1.0 + k, title=title) for k in range(count)]
+    else:
+        given = [some_scores(k, name="a-model-with-a-long-name") for k in range(count)]
+    prepared = {
+        "surface": lambda: surface_panels(*given),
+        "contour": lambda: surface_panels(*given, metric="perplexity"),
+        "curves": lambda: surface_panels(*given),
+        "sorted_scores": lambda: sorted_lines(given, "entry", False, None),
+        "layer_scores": lambda: layers(given, None),
+    }[name]()
+    figure = getattr(_matplotlib, name)(prepared)
+    wide = name in ("surface", "contour") and count > 1
+    assert figure.get_size_inches()[0] == (6.9 if wide else 3.3)
+    assert overflow(figure) <= 0.0
+    sizes = {text.get_size() for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()}
+    assert min(sizes) >= 7.0 and max(sizes) <= 9.0
+
+
+def drawn_texts(figure: Any) -> list[Any]:
+    """Boxes of the titles, notes and the footer, which stand outside the axes."""
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    return [text.get_window_extent(renderer) for text in figure.texts if text.get_text().strip()]
+
+
+@pytest.mark.parametrize("name", ["surface", "contour"])
+def test_titles_and_notes_do_not_overlap(name: str):
+    titles = ["a title with so many words that it must be broken", "short", "_$x$_"]
+    figure = getattr(_matplotlib, name)(surface_panels(bowl(), bowl(1.0), bowl(2.0), titles=titles))
+    boxes = drawn_texts(figure)
+    assert len(boxes) == 7
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def test_titles_are_no_formulas_and_none_is_lost():
+    figure = _matplotlib.curves(surface_panels(bowl(points=(5,)), bowl(1.0, points=(5,)), titles=["_a$b$", "c"]))
+    assert [t.get_text().split("\n")[0] for t in figure.legends[0].get_texts()] == [r" _a\$b\$", "c"]
+
+
+def area(polygon: np.ndarray) -> float:
+    """Area of a polygon's shadow on the floor."""
+    x, y = polygon[:, 0], polygon[:, 1]
+    return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
+
+
+@pytest.mark.parametrize("ceiling", [-0.5, 0.1, 0.5, 5.0])
+def test_surfaces_are_cut_exactly_at_the_ceiling(ceiling: float):
+    x, y = np.linspace(-1, 1, 7), np.linspace(-2, 2, 5)
+    polygons = _matplotlib.clipped_cells(x, y, x[:, None] + 0 * y, ceiling)
+    assert max(polygon[:, 2].max() for polygon in polygons) == pytest.approx(min(ceiling, 1.0))
+    assert sum(map(area, polygons)) == pytest.approx((min(ceiling, 1.0) + 1) * 4)
+
+
+def test_cells_without_a_number_are_holes():
+    z = np.zeros((4, 4))
+    z[1, 1] = np.nan
+    polygons = _matplotlib.clipped_cells(np.arange(4.0), np.arange(4.0), z, 1.0)
+    assert len(polygons) == 9 - 4
+    assert not any(np.isnan(polygon).any() for polygon in polygons)
+
+
+def test_the_printed_surface_ends_at_the_scale(monkeypatch: pytest.MonkeyPatch):
+    drawn: list[np.ndarray] = []
+    real = _matplotlib.Poly3DCollection
+    monkeypatch.setattr(_matplotlib, "Poly3DCollection", lambda p, **style: drawn.extend(p) or real(p, **style))
+    axes: Any = _matplotlib.surface(surface_panels(bowl(5.0))).axes[0]
+    assert axes.get_zlim() == pytest.approx((2.0, 8.5))
+    assert [text for text in axes.texts if text.get_text() == "θ"]
+    assert max(polygon[:, 2].max() for polygon in drawn) == pytest.approx(8.5)
+    assert min(polygon[:, 2].min() for polygon in drawn) == 2.0
+
+
+def test_a_printed_map_has_direction_1_to_the_right():
+    given = landscape([[1.0, 1.0, 1.0], [1.0, 1.0, 1.0], [3.0, 3.0, 3.0]])
+    figure = _matplotlib.contour(surface_panels(given))
+    axes = figure.axes[0]
+    assert axes.get_xlabel() == "step along direction 1"
+    red, green, _ = centre_colours(figure, axes, 0.95, 0.5)[:3]
+    dark = centre_colours(figure, axes, 0.05, 0.9)[:3]
+    assert green > 200 and red > 200
+    assert max(dark) < 100
+
+
+def centre_colours(figure: Any, axes: Any, across: float, up: float) -> Any:
+    """The colour of a spot in a pair of axes."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    image = np.asarray(canvas.buffer_rgba())
+    box = axes.get_window_extent()
+    return image[int(image.shape[0] - box.y0 - up * box.height), int(box.x0 + across * box.width)].astype(int)
+
+
+def test_what_is_cut_is_grey_and_what_is_missing_is_not():
+    given = landscape([[9.0, 9.0, 9.0], [2.0, 2.0, 2.0], [2.0, None, None]])
+    figure = _matplotlib.contour(surface_panels(given))
+    cut = centre_colours(figure, figure.axes[0], 0.03, 0.8)[:3]
+    assert len(set(cut.tolist())) == 1 and 200 < cut[0] < 220
+    assert "hatched where there is no number" in figure.texts[-1].get_text()
+    assert "hatched" not in _matplotlib.contour(surface_panels(bowl())).texts[-1].get_text()
+
+
+def test_reference_lines_of_a_printed_map_have_names():
+    figure = _matplotlib.contour(surface_panels(bowl(), bowl(0.1)))
+    first, second, bar = figure.axes
+    assert {"ln V", "unigram"} <= {text.get_text() for text in first.texts}
+    assert not {"ln V", "unigram"} & {text.get_text() for text in second.texts}
+    assert {"ln V", "unigram\nentropy"} <= {text.get_text() for text in bar.texts}
+
+
+def test_a_reference_that_only_cuts_corners_is_named_too():
+    corners = np.full((9, 9), 7.0)
+    corners[0, 0] = 8.1
+    figure = _matplotlib.contour(surface_panels(landscape(corners.tolist())))
+    assert [text.get_text() for text in figure.axes[0].texts].count("ln V") == 1
+
+
+def test_printed_curves_are_the_losses_and_the_references():
+    given = bowl(5.0, points=(9,))
+    figure = _matplotlib.curves(surface_panels(given))
+    curve, centre, *levels = figure.axes[0].lines
+    assert np.array_equal(curve.get_ydata(), given.loss)
+    assert centre.get_ydata() == [2.0]
+    assert [line.get_ydata()[0] for line in levels] == [5.0]
+    assert "unigram entropy = 5" in {text.get_text() for text in figure.axes[0].texts}
+
+
+def test_a_panel_with_nothing_measured_yet_is_empty_beside_the_others():
+    nothing = landscape([[None] * 3] * 3)
+    for draw in (_matplotlib.surface, _matplotlib.contour, _plotly.surface, _plotly.contour):
+        draw(surface_panels(bowl(), nothing))
+
+
+def test_printed_layers_stand_from_the_top_down():
+    figure = _matplotlib.layer_scores(layers(some_scores(), None))
+    axes = figure.axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["embed", "layer 0", "layer 1", "head"]
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]
+    assert axes.get_xscale() == "log"
+
+
+# Figures for the browser
+
+
+def decoded(value: Any) -> Any:
+    """A plotly array as it is in the page: a list, or base64 with a type and a shape."""
+    if not isinstance(value, dict):
+        return np.array(value, dtype=float)
+    flat = np.frombuffer(base64.b64decode(value["bdata"]), dtype=np.dtype(value["dtype"]))
+    return flat.reshape([int(size) for size in value["shape"].split(",")]) if "shape" in value else flat
+
+
+def page(path: Path) -> tuple[list[Any], Any]:
+    """Traces and layout in a page."""
+    text = path.read_text(encoding="utf-8")
+    call = text[text.rindex("Plotly.newPlot(") :]
+    decoder = json.JSONDecoder()
+    traces, end = decoder.raw_decode(call, call.index("["))
+    layout, _ = decoder.raw_decode(call, call.index("{", end))
+    return traces, layout
+
+
+def test_a_page_of_surfaces_holds_the_measured_losses_and_needs_no_network(tmp_path: Path):
+    given = landscape([[3.0, math.inf, 4.0], [3.5, 2.0, math.nan], [9.0, 3.0, None]])
+    out = plots.surface([given, bowl()], tmp_path / "a.html", titles=["<b>&", "second"])
+    assert not re.search(r"<(script|link)[^>]+(src|href)=", out.read_text(encoding="utf-8"))
+    traces, layout = page(out)
+    assert [trace["type"] for trace in traces] == ["surface", "scatter3d", "surface", "scatter3d"]
+    expected = [[3.0, 3.5, 9.0], [math.nan, 2.0, 3.0], [4.0, math.nan, math.nan]]
+    np.testing.assert_array_equal(decoded(traces[0]["z"]), expected)
+    np.testing.assert_array_equal(decoded(traces[2]["x"]), np.linspace(-1, 1, 7))
+    assert layout["scene"]["zaxis"]["range"] == layout["scene2"]["zaxis"]["range"] == [2.0, 8.5]
+    assert layout["coloraxis"]["cmax"] == 8.5
+    assert layout["annotations"][0]["text"].startswith("&lt;b&gt;&amp;<br>")
+
+
+def test_a_page_of_maps_has_bands_on_one_scale_and_a_level_per_reference(tmp_path: Path):
+    traces, layout = page(plots.contour([bowl(), bowl(0.1)], tmp_path / "a.html"))
+    assert [trace["type"] for trace in traces] == ["contour", "contour", "contour", "scatter", "contour", "scatter"]
+    first, second = traces[0], traces[4]
+    assert first["contours"] == second["contours"]
+    assert first["contours"]["end"] == pytest.approx(8.5)
+    assert first["colorscale"][-1] == [1, "#d1d1d1"]
+    assert [trace["name"] for trace in traces[1:3]] == ["ln V = 8", "unigram entropy = 5"]
+    assert layout["yaxis"]["scaleanchor"] == "x" and layout["yaxis2"]["scaleanchor"] == "x2"
+    np.testing.assert_array_equal(decoded(first["z"]), bowl().loss.T)
+
+
+def test_a_map_that_is_not_cut_has_no_grey():
+    (trace,) = [t for t in _plotly.contour(surface_panels(bowl(0.1))).data if t.type == "contour"]
+    assert [colour for _, colour in trace.colorscale][-1] != "#d1d1d1"
+    assert len(trace.colorscale) == _plotly.LEVELS
+    assert trace.contours.end + trace.contours.size == pytest.approx(2.0 + 0.1 * 3 + 0.3)
+
+
+def test_pages_tell_perplexity_when_asked():
+    figure = _plotly.surface(surface_panels(bowl(), metric="perplexity"))
+    np.testing.assert_allclose(figure.data[0].customdata, np.exp(bowl().loss.T))
+    assert "perplexity: %{customdata" in figure.data[0].hovertemplate
+    assert "step 1: %{x" in figure.data[0].hovertemplate
+
+
+def test_a_page_of_curves_has_the_references_as_lines():
+    figure = _plotly.curves(surface_panels(bowl(9.0, points=(9,)), bowl(1.0, points=(5,))))
+    assert [trace.mode for trace in figure.data] == ["lines", "markers", "lines", "markers"]
+    assert [shape.y0 for shape in figure.layout.shapes] == [8.0, 5.0]
+    assert {"ln V = 8", "unigram entropy = 5"} <= {note.text for note in figure.layout.annotations}
+    assert figure.layout.yaxis.range[1] == 8.5
+
+
+def test_pages_of_scores_show_the_same_points_as_print():
+    lines = sorted_lines([some_scores(0), some_scores(1)], "entry", False, None)
+    figure = _plotly.sorted_scores(lines)
+    for trace, line in zip(figure.data, lines.lines, strict=True):
+        assert np.array_equal(trace.y, line.y)
+    assert figure.layout.yaxis.type == "log"
+    assert lines.notes[0] in figure.layout.annotations[0].text
+    drawn = layers([some_scores(0), some_scores(1)], None)
+    figure = _plotly.layer_scores(drawn)
+    assert list(figure.layout.yaxis.ticktext) == list(drawn.labels)
+    assert [np.array_equal(t.x, s.y) for t, s in zip(figure.data, drawn.series, strict=True)] == [True, True]
