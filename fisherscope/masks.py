@@ -263,6 +263,8 @@ def random_fraction(
     else:
         shapes, origin = like, dict(like.provenance)
         transposed = origin.get("model", {}).get("transposed", [])
+    if stratify not in (None, "model", "layer", "parameter"):
+        raise ValueError(f"stratify must be 'model', 'layer' or 'parameter', got {stratify!r}.")
     names = _considered(shapes, include, exclude)
     generator = torch.Generator().manual_seed(seed)
     units = {

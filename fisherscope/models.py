@@ -68,13 +68,13 @@ def load_model(
         objective = objective or _objective_of_config(config, str(name))
         check_objective(objective)
         labels = _head_size(config, objective, num_labels, str(name))
-        auto_class = getattr(transformers, _AUTO_CLASSES[objective])
+        auto_class = _auto_class(config, objective, str(name))
         with torch.random.fork_rng(devices=[]), _quiet_loading(transformers):
             torch.manual_seed(seed)
             model, report = auto_class.from_pretrained(
                 path, revision=revision, dtype=dtype, output_loading_info=True, **labels
             )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, revision=revision)
+    tokenizer = _load_tokenizer(path, revision, str(name))
     if (
         model.config.pad_token_id is None
     ):  # GPT-2's classification head asks for it; padding is masked, so any id will do
@@ -96,6 +96,32 @@ def load_model(
     shown = str(name) if str(name).startswith("builtin:") or not Path(path).is_dir() else Path(path).resolve().name
     _loaded[model] = {"name": shown, "revision": revision, "new_parameters": new, "seed": seed if new else None}
     return model, tokenizer
+
+
+def _auto_class(config: Any, objective: str, name: str) -> Any:
+    import transformers
+
+    classes = {known: getattr(transformers, _AUTO_CLASSES[known]) for known in OBJECTIVES}
+    possible = [known for known, auto_class in classes.items() if type(config) in auto_class._model_mapping]
+    if objective not in possible:
+        raise ValueError(
+            f"{name!r} is a {config.model_type}, which has no head for {objective}; it has {', '.join(possible)}."
+        )
+    return classes[objective]
+
+
+def _load_tokenizer(path: str, revision: str | None, name: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError):
+        tokenizer = None
+    if tokenizer is None or not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+        raise FileNotFoundError(  # transformers would make an empty one up, for which every word is unknown
+            f"Cannot load the model {name!r}: it comes without a tokenizer; save one beside it with save_pretrained."
+        )
+    return tokenizer
 
 
 def _head_size(config: Any, objective: str, num_labels: int | None, name: str) -> dict[str, int]:

@@ -62,11 +62,10 @@ def example_losses(model: nn.Module, batch: Batch, objective: str | LossFunction
     """
     batch = {name: value.to(device_of(model)) for name, value in batch.items()}
     if callable(objective):
-        return _custom(objective(model, batch))
+        return _custom(objective(model, batch), len(next(iter(batch.values()))))
     check_objective(objective)
-    if "labels" not in batch:
-        raise ValueError(f"The objective {objective} needs 'labels' in every batch, but it holds {sorted(batch)}.")
-    labels = batch.pop("labels")
+    labels = _labels(batch, objective)
+    del batch["labels"]
     if objective in LABELLED_OBJECTIVES:
         return _label_losses(_logits(model, batch), labels, objective)
     if objective == "causal-lm":
@@ -85,15 +84,16 @@ def reference_losses(model: nn.Module, batches: Iterable[Batch], objective: str 
     """
     if not is_language_model(objective):
         return {}
-    labels = torch.cat([_scored_labels(batch, objective).cpu() for batch in batches])
+    labels = torch.cat([torch.zeros(0, dtype=torch.long), *(_scored(batch, objective).cpu() for batch in batches)])
     shares = labels.unique(return_counts=True)[1].double() / max(len(labels), 1)
     references = {"unigram": float(-(shares * shares.log()).sum())}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return references if head is None else {"uniform": math.log(head.weight.shape[0]), **references}
 
 
-def _scored_labels(batch: Batch, objective: str | LossFunction) -> Int[Tensor, "tokens"]:
-    labels = batch["labels"][:, 1:] if objective == "causal-lm" else batch["labels"]
+def _scored(batch: Batch, objective: str | LossFunction) -> Int[Tensor, "tokens"]:
+    labels = _labels(batch, objective)
+    labels = labels[:, 1:] if objective == "causal-lm" else labels
     return labels[labels != IGNORED]
 
 
@@ -102,8 +102,14 @@ def is_language_model(objective: str | LossFunction) -> bool:
     return objective in ("mlm", "causal-lm", "seq2seq-lm")
 
 
-def _custom(losses: Tensor) -> ExampleLosses:
-    if losses.ndim != 1:
+def _labels(batch: Batch, objective: str | LossFunction) -> Tensor:
+    if "labels" not in batch:
+        raise ValueError(f"The objective {objective} needs 'labels' in every batch, but it holds {sorted(batch)}.")
+    return batch["labels"]
+
+
+def _custom(losses: Tensor, size: int) -> ExampleLosses:
+    if losses.shape != (size,):
         raise ValueError(
             f"A loss function must return one loss per example, shape [B]; got shape {list(losses.shape)}."
         )

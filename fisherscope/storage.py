@@ -92,6 +92,15 @@ def digest(*values: bytes | str) -> str:
     return total.hexdigest()[:16]
 
 
+def difference(before: Any, now: Any, name: str = "") -> str | None:
+    """The first place where two JSON values differ, in words, or None; volatile keys are not compared."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in (*now, *(k for k in before if k not in now)) if key not in VOLATILE]
+        found = (difference(before.get(key), now.get(key), f"{name} {key}".strip()) for key in keys)
+        return next(filter(None, found), None)
+    return None if before == now else f"{name} ({before} there, {now} now)"
+
+
 def write_header(file: "h5py.File", format_name: str, provenance: Provenance) -> None:
     """Mark an open HDF5 file as one of ours."""
     file.attrs["format"] = format_name

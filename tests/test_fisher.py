@@ -376,11 +376,37 @@ def deeper_when_longer(m: nn.Module, x: Tensor) -> Tensor:
     return m.second(hidden) if x.shape[1] > 1 else hidden
 
 
+def child_weight_when_longer(m: nn.Module, x: Tensor) -> Tensor:
+    hidden = m.layer(x)
+    return F.linear(hidden, m.layer.weight) if x.shape[1] > 1 else hidden
+
+
+def routed(m: nn.Module, x: Tensor) -> Tensor:
+    """Every example goes to one of two experts; the first four all to the same one."""
+    chosen, outputs = x[:, 0] > 0, torch.zeros_like(x)
+    for expert, own in ((m.one, chosen), (m.other, ~chosen)):
+        if own.any():
+            outputs = outputs.index_put((own,), expert(x[own]))
+    return outputs
+
+
+def experts() -> nn.Module:
+    return Net(routed, one=nn.Linear(3, 3), other=nn.Linear(3, 3))
+
+
+SORTED = sorted(points(10), key=lambda example: float(example["x"][0]))
+
 LATER: dict[str, tuple[Callable[[], nn.Module], Sequence[Example]]] = {
     "a module used": (
         lambda: Net(deeper_when_longer, first=nn.Linear(3, 3), second=nn.Linear(3, 3)),
         [*points(5, 1, 3), *points(5, 5, 3)],
     ),
+    "a child's parameter used by its parent": (
+        lambda: Net(child_weight_when_longer, layer=nn.Linear(3, 3)),
+        [*points(5, 1, 3), *points(5, 5, 3)],
+    ),
+    "another expert chosen": (experts, SORTED),
+    "the first expert chosen again": (experts, SORTED[::-1]),
     "positions joined to the batch axis": (
         MODULES["positions joined to the batch axis"][0],
         [*points(5, 1, 3), *points(5, 5, 3)],
@@ -390,11 +416,21 @@ LATER: dict[str, tuple[Callable[[], nn.Module], Sequence[Example]]] = {
 
 
 @pytest.mark.parametrize("kind", LATER)
-def test_what_only_later_batches_show(kind: str):
+@pytest.mark.parametrize("size", [1, 5])
+def test_what_only_later_batches_show(kind: str, size: int):
     """The first batch does not tell how the model treats all of them."""
     make, examples = LATER[kind]
     model = moved(make())
-    assert_same(fisher(model, batched(examples, 5), objective=energy), reference.fisher(model, examples, energy))
+    assert_same(fisher(model, batched(examples, size), objective=energy), reference.fisher(model, examples, energy))
+
+
+def test_batches_need_not_hold_the_same_inputs(bert: Case):
+    """Without token types the model looks up the first row for everyone."""
+    plain = [{k: v for k, v in example.items() if k != "token_type_ids"} for example in bert.examples]
+    wanted = reference.fisher(bert.model, [*bert.examples, *plain], "mlm")
+    batches = [*batched(bert.examples, 3), *batched(plain, 3)]
+    assert_same(fisher(bert.model, batches), wanted)
+    assert_same(fisher(bert.model, batches[::-1]), wanted)
 
 
 def test_parameter_the_loss_does_not_reach_scores_zero():

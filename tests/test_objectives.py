@@ -133,7 +133,7 @@ def test_labels_shorter_or_longer_than_the_logits_are_refused(name: str):
     if name == "t5":
         batch["decoder_input_ids"] = made.model.prepare_decoder_input_ids_from_labels(labels=batch["labels"])
     for labels in (batch["labels"][:, :-1], torch.cat([batch["labels"], batch["labels"]], dim=1)):
-        with pytest.raises(ValueError, match="(?i)labels"):
+        with pytest.raises(ValueError, match=r"(?i)labels"):
             example_losses(made.model, {**batch, "labels": labels}, made.objective)
 
 

@@ -120,6 +120,14 @@ def test_infinity_counts_as_above_and_nan_as_no_number_and_neither_is_a_value():
     assert shown.panels[0].notes[-1] == "8 of 9 points"
 
 
+def test_a_point_that_is_not_measured_is_not_drawn_whatever_it_holds():
+    given = landscape([[2.0, 3.0], [2.5, 0.0]])
+    given.evaluated[1, 1] = False
+    shown = surface_panels(given)
+    assert np.isnan(shown.panels[0].losses[1, 1])
+    assert shown.scale.low == 2.0
+
+
 def test_the_largest_finite_value_ends_the_scale_of_other_losses_that_reach_infinity():
     shown = surface_panels(landscape([[1.0, math.inf], [2.0, 3.0]], objective="regression", references={}))
     assert shown.scale.high == 3.0
@@ -255,6 +263,7 @@ def test_sorted_parameters_are_the_means_of_every_parameter():
 
 
 def test_normalized_scores_run_from_zero_to_one_and_keep_their_zeros():
+    assert sorted_lines(scores({"a.w": [4.0, 2.0, 6.0]}), "entry", True, None).lines[0].y.tolist() == [0.0, 0.5, 1.0]
     lines = sorted_lines(scores({"a.w": [4.0, 0.0, 1.0]}), "entry", True, None)
     assert lines.lines[0].y.tolist() == [0.0, 0.25, 1.0]
     assert (lines.is_log, lines.notes) == (False, ())
@@ -387,6 +396,7 @@ ZERO = scores({"a.layer.0.w": [0.0, 0.0]}, name="m")
          "There is nothing to draw: every scored parameter was drawn at random."),
     ],
 )  # fmt: skip
+@pytest.mark.usefixtures("unchecked")
 def test_what_cannot_be_drawn_is_refused_in_a_sentence(
     tmp_path: Path, draw: Callable[[Path], Path], error: type[Exception], sentence: str
 ):
@@ -402,9 +412,10 @@ def test_scores_of_different_reductions_can_be_compared_when_normalised():
 
 # Files
 
+TITLES = ["a title with so many words that it must be broken", "short", "_$x$_"]
 PREPARED: dict[str, Callable[[], Panels | Lines | Layers]] = {
-    "surface": lambda: surface_panels(bowl(), bowl(1.0), bowl(0.5)),
-    "contour": lambda: surface_panels(bowl(), bowl(1.0), bowl(0.5)),
+    "surface": lambda: surface_panels(bowl(), bowl(1.0), bowl(0.5), titles=TITLES),
+    "contour": lambda: surface_panels(bowl(), bowl(1.0), bowl(0.5), titles=TITLES),
     "curves": lambda: surface_panels(bowl(points=(5,)), bowl(1.0, points=(7,))),
     "sorted_scores": lambda: sorted_lines([some_scores(0), some_scores(1)], "entry", False, None),
     "layer_scores": lambda: layers([some_scores(0), some_scores(1)], None),
@@ -426,6 +437,7 @@ def test_every_figure_becomes_every_kind_of_file_the_same_bytes_each_time(tmp_pa
     assert first == tmp_path / f"1{suffix}"
     assert first.read_bytes().startswith(OPENINGS[suffix])
     assert first.read_bytes() == second.read_bytes()
+    assert not re.search(rb"CreationDate|<dc:date>", first.read_bytes())
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"1{suffix}", f"2{suffix}"]
 
 
@@ -495,19 +507,20 @@ def test_printed_figures_have_the_width_of_a_column_or_page_and_nothing_outside(
     assert min(sizes) >= 7.0 and max(sizes) <= 9.0
 
 
-def drawn_texts(figure: Any) -> list[Any]:
-    """Boxes of the titles, notes and the footer, which stand outside the axes."""
+def regions(figure: Any) -> dict[str, Any]:
+    """What stands on a page: every text outside the axes, the legend, and all axes with their labels."""
     renderer = FigureCanvasAgg(figure).get_renderer()
-    return [text.get_window_extent(renderer) for text in figure.texts if text.get_text().strip()]
+    found = {text.get_text(): text.get_window_extent(renderer) for text in figure.texts if text.get_text().strip()}
+    found |= {f"legend {n}": legend.get_window_extent(renderer) for n, legend in enumerate(figure.legends)}
+    return found | {f"axes {n}": axes.get_tightbbox(renderer) for n, axes in enumerate(figure.axes)}
 
 
-@pytest.mark.parametrize("name", ["surface", "contour"])
-def test_titles_and_notes_do_not_overlap(name: str):
-    titles = ["a title with so many words that it must be broken", "short", "_$x$_"]
-    figure = getattr(_matplotlib, name)(surface_panels(bowl(), bowl(1.0), bowl(2.0), titles=titles))
-    boxes = drawn_texts(figure)
-    assert len(boxes) == 7
-    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+@pytest.mark.parametrize("name", PUBLIC)
+def test_nothing_on_a_printed_page_overlaps(name: str):
+    figure = getattr(_matplotlib, name)(PREPARED[name]())
+    found = regions(figure)
+    assert len(found) == {"surface": 11, "contour": 11, "curves": 3, "sorted_scores": 3, "layer_scores": 2}[name]
+    assert [(a, b) for a in found for b in found if a < b and found[a].overlaps(found[b])] == []
 
 
 def test_titles_are_no_formulas_and_none_is_lost():

@@ -51,7 +51,7 @@ def loop_engine(model: nn.Module, objective: str | LossFunction, reduction: str 
             losses = example_losses(model, {name: value[n : n + 1] for name, value in batch.items()}, objective)
             if not losses.count.item():
                 continue
-            loss = _reduced(losses, reduction)
+            loss = _reduced(losses, reduction, first=n)
             gradients = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
             for name, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:  # autograd says that the loss does not depend on it
@@ -108,12 +108,12 @@ def _size(batch: Batch) -> int:
     return len(next(iter(batch.values())))
 
 
-def _reduced(losses: ExampleLosses, reduction: str) -> Tensor:
+def _reduced(losses: ExampleLosses, reduction: str, first: int = 0) -> Tensor:
     values = losses.mean if reduction == "mean" else losses.total
     if not bool(torch.isfinite(values).all()):
         bad = int((~torch.isfinite(values)).nonzero()[0])
         raise ValueError(
-            f"Every example needs a finite loss, but example {bad} of a batch has {float(values[bad])}; "
+            f"Every example needs a finite loss, but example {first + bad} of a batch has {values[bad].item()}; "
             "check the model's weights and the labels."
         )
     return values

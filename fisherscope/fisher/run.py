@@ -121,16 +121,13 @@ class _State:
                 raise ValueError(
                     f"{path} is a finished scores file, not the checkpoint of a run; name another checkpoint."
                 )
-            origin = json.loads(before["provenance"])
-            for key in ("model", "data", "objective", "engine"):
-                if origin[key] != json.loads(json.dumps(facts["provenance"][key])):
-                    raise ValueError(
-                        f"{path} was begun with another {key} ({origin[key]} there, {facts['provenance'][key]} now); "
-                        "repeat that command to go on, or delete the file to start afresh."
-                    )
-            if before["reduction"] != facts["reduction"]:
+            now = {**facts["provenance"], "reduction": facts["reduction"]}
+            origin = {**json.loads(before["provenance"]), "reduction": before["reduction"]}
+            origin = {key: origin.get(key) for key in now}
+            if found := storage.difference(origin, json.loads(json.dumps(now))):
                 raise ValueError(
-                    f"{path} was begun with reduction {file.attrs['reduction']}; delete it to start afresh."
+                    f"{path} was begun with another {found}; repeat that command to go on, or delete the file to start "
+                    "afresh."
                 )
             saved = read_tensors(file)
             if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in scored.items()}:

@@ -79,7 +79,13 @@ def scan_landscape(
     kind = "given" if given else {"filter": "random, filter-normalised", "none": "random, Gaussian"}[normalize]
     grid_axes = tuple(_axis(number, s, move, kind) for number, (s, move) in enumerate(zip(steps, moves, strict=True)))
     fixed = list(batches)
-    settings = {"span": span, "seed": None if given else seed, "directions": kind, "one_dimensional": one_dimensional}
+    settings = {
+        "span": span,
+        "seed": None if given else seed,
+        "directions": kind,
+        "one_dimensional": one_dimensional,
+        "moves": _fingerprint(moves),
+    }
     shape = tuple(len(s) for s in steps)
     empty = Landscape(
         grid_axes,
@@ -185,9 +191,11 @@ def _grid(axes: int, points: int | Sequence[int], span: float) -> list[np.ndarra
     if len(counts) != axes:
         raise ValueError(f"points must be one number or one per axis ({axes}), got {counts}.")
     for count in counts:
-        if count < 3 or count % 2 == 0:
+        if count % 2 == 0:
             near = f"{count - 1} or {count + 1}" if count > 3 else "3"
             raise ValueError(f"points must be odd, so that step 0 is on the grid, got {count}; take {near}.")
+        if count < 3:
+            raise ValueError(f"points must be odd and at least 3, got {count}.")
     if not (math.isfinite(span) and span > 0):
         raise ValueError(f"span must be a positive number, got {span}.")
     # symmetric by construction: linspace may miss 0 by a rounding error
@@ -197,8 +205,9 @@ def _grid(axes: int, points: int | Sequence[int], span: float) -> list[np.ndarra
 def _check_directions(
     directions: Literal["random"] | Sequence[Direction], model: nn.Module, axes: int
 ) -> Sequence[Direction]:
-    if isinstance(directions, str) or len(directions) != axes:
-        found = repr(directions) if isinstance(directions, str) else f"{len(directions)} directions"
+    mappings = not isinstance(directions, str) and all(isinstance(d, Mapping) for d in directions)
+    if not mappings or len(directions) != axes:
+        found = f"{len(directions)} directions" if mappings else repr(directions)[:40]
         raise ValueError(f"directions must be 'random' or one mapping per axis ({axes}), got {found}.")
     parameters = dict(model.named_parameters())
     for direction in directions:
@@ -218,6 +227,12 @@ def _axis(number: int, steps: np.ndarray, move: Mapping[str, Tensor], kind: str)
             "move with one_dimensional='scale'."
         )
     return Axis(f"axis{number}", steps, norm, entries, kind)
+
+
+def _fingerprint(moves: Sequence[Direction]) -> str:
+    """SHA-256 over what moves, and how: the directions after the mask."""
+    parts = [(name, tensor) for move in moves for name, tensor in move.items()]
+    return storage.digest(*(part for name, t in parts for part in (name, t.float().cpu().numpy().tobytes())))
 
 
 def _name(objective: str | LossFunction) -> str:

@@ -190,11 +190,8 @@ def _check_same_scan(path: Path, before: Landscape, now: Landscape) -> None:
     same_grid = before.loss.shape == now.loss.shape and all(
         np.array_equal(a.steps, b.steps) for a, b in zip(before.axes, now.axes, strict=True)
     )
-    differing = [] if same_grid else ["grid"]
-    facts = json.loads(json.dumps(dict(now.provenance)))
-    differing += [key for key in facts if key not in storage.VOLATILE and facts[key] != before.provenance.get(key)]
-    if differing:
+    found = None if same_grid else "grid"
+    if found := found or storage.difference(before.provenance, json.loads(json.dumps(dict(now.provenance)))):
         raise ValueError(
-            f"{path} was begun with another {differing[0]}; repeat that command to go on, or delete the file to start "
-            "afresh."
+            f"{path} was begun with another {found}; repeat that command to go on, or delete the file to start afresh."
         )
