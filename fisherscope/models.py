@@ -117,7 +117,7 @@ def _load_tokenizer(path: str, revision: str | None, name: str) -> "PreTrainedTo
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError):
         tokenizer = None
-    if tokenizer is None or not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():
+    if tokenizer is None or len(tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys()) < 2:
         raise FileNotFoundError(  # transformers would make an empty one up, for which every word is unknown
             f"Cannot load the model {name!r}: it comes without a tokenizer; save one beside it with save_pretrained."
         )

@@ -295,17 +295,18 @@ def test_checkpoint_of_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     model, batches = plain()
     same = {"objective": squares, "checkpoint": part}
     runs = {
-        "data": (model, Stopping(batches, fingerprint="def"), same),
-        "engine": (model, Stopping(batches, fingerprint="abc"), {**same, "engine": "loop"}),
-        "model": (nn.Linear(3, 2), Stopping(batches, fingerprint="abc"), same),
+        "data fingerprint (abc there, def now)": (model, Stopping(batches, fingerprint="def"), same),
+        "engine (auto there, loop now)": (model, Stopping(batches, fingerprint="abc"), {**same, "engine": "loop"}),
+        "model fingerprint (": (nn.Linear(3, 2), Stopping(batches, fingerprint="abc"), same),
     }
     for key, (other, data, options) in runs.items():
         with pytest.raises(ValueError) as error:
             fisher(other, data, **options)
-        assert str(error.value).startswith(f"{part} was begun with another {key} (")
+        assert str(error.value).startswith(f"{part} was begun with another {key}")
         assert str(error.value).endswith("; repeat that command to go on, or delete the file to start afresh.")
         assert len(str(error.value)) < 350 + len(str(part)), "say what differs, not everything"
-    sentence = f"{part} was begun with reduction mean; delete it to start afresh."
+    ending = "repeat that command to go on, or delete the file to start afresh."
+    sentence = f"{part} was begun with another reduction (mean there, sum now); {ending}"
     data = Stopping(batches, fingerprint="abc")
     refused(ValueError, sentence, fisher, model, data, reduction="sum", **same)
 
@@ -471,7 +472,11 @@ def test_checkpoint_of_another_scan(tmp_path: Path):
     model, batches = plain()
     scan(model, batches, points=3, seed=1, checkpoint=part, **options)
     ending = "; repeat that command to go on, or delete the file to start afresh."
-    for change, key in (({"points": 5}, "grid"), ({"seed": 2}, "settings"), ({"span": 0.5}, "grid")):
+    for change, key in (
+        ({"points": 5}, "grid"),
+        ({"seed": 2}, "settings seed (1 there, 2 now)"),
+        ({"span": 0.5}, "grid"),
+    ):
         sentence = f"{part} was begun with another {key}{ending}"
         refused(
             ValueError, sentence, scan, model, batches, checkpoint=part, **{"points": 3, "seed": 1, **options, **change}

@@ -634,7 +634,7 @@ def fewer_parameters(made: Case) -> None:
         (changed_weights, {}, {}, "another model"),
         (fewer_parameters, {}, {}, "another"),
         (None, {"engine": "loop"}, {}, "another engine"),
-        (None, {"reduction": "sum"}, {}, "reduction mean"),
+        (None, {"reduction": "sum"}, {}, "another reduction"),
         (None, {"objective": lambda m, b: m(b["input_ids"]).logits.sum((1, 2))}, {}, "another objective"),
         (None, {}, {"fingerprint": "other"}, "another data"),
         (None, {}, {"batch_size": 4}, "another data"),

@@ -6,17 +6,17 @@ forms the per-example ones itself from each module's input and the gradient of i
 """
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..objectives import Batch, ExampleLosses, LossFunction, example_losses
-from .probe import Usage, repeated, watch
+from .probe import ParameterUses, Usage, repeated, watch
 from .rules import Contribution, Rule, accumulate, generic, rule_for
 
 logger = logging.getLogger(__name__)
@@ -98,8 +98,11 @@ def _add_by_hooks(
     plan: "_Plan",
     sums: Mapping[str, Tensor],
 ) -> ExampleLosses:
+    names = {id(p): name for name, p in model.named_parameters() if name in sums}
     with _frozen(model), _Recorder(plan, sums, _size(batch)) as recorder:
-        losses = example_losses(model, batch, objective)
+        with ParameterUses(names) as uses:
+            losses = example_losses(model, batch, objective)
+        recorder.check_uses(uses.counts)
         recorder.backward(_reduced(losses, reduction).sum())
     return losses
 
@@ -125,11 +128,19 @@ class _PlanOutdated(Exception):
 
 @dataclass(frozen=True)
 class _Call:
-    """How one module takes part: its rule, its own scored parameters, and which inputs are indexed by example."""
+    """How one module takes part.
+
+    Attributes:
+        rule: What its gradients are formed by.
+        parameters: Its own scored parameters: own name, such as ``"weight"``, to canonical name.
+        batched: Which inputs, and the ``"output"``, are indexed by example.
+        uses: How many operations of one call use which parameter.
+    """
 
     rule: Rule
-    parameters: Mapping[str, str]  # own name, such as 'weight', to canonical name
+    parameters: Mapping[str, str]
     batched: frozenset[int | str]
+    uses: Mapping[str, int]
 
     @property
     def shared(self) -> bool:
@@ -139,7 +150,7 @@ class _Call:
     def without(self, names: frozenset[str]) -> "_Call":
         """The same, but for the parameters named."""
         kept = {own: name for own, name in self.parameters.items() if name not in names}
-        return _Call(self.rule, kept, self.batched)
+        return replace(self, parameters=kept)
 
 
 @dataclass(frozen=True)
@@ -189,17 +200,18 @@ def _make_plan(
 
 def _plan_call(module: nn.Module, usage: Usage, names: Mapping[int, str]) -> _Call | None:
     own = {k: names[id(p)] for k, p in module.named_parameters(recurse=False, remove_duplicate=False) if id(p) in names}
-    if not usage.parameters <= set(own.values()):
-        return None  # it computes with another module's parameter
+    uses = usage.uses_per_call()
+    if uses is None or not usage.parameters.keys() <= set(own.values()):
+        return None  # it computes with another module's parameter, or not always in the same way
     own = {k: name for k, name in own.items() if name in usage.parameters}
     batched, rule = usage.batched(), rule_for(module)
     if rule and batched and {0, "output"} <= batched:
-        return _Call(rule, own, batched)
+        return _Call(rule, own, batched, uses)
     if rule and isinstance(module, nn.Embedding) and usage.shared_by_one():
-        return _Call(rule, own, frozenset())
+        return _Call(rule, own, frozenset(), uses)
     if not rule and batched and "output" in batched and len(batched) > 1:
         rerun = generic(batched - {"output"})
-        return _Call(rerun, own, batched) if _works(rerun, module, usage) else None
+        return _Call(rerun, own, batched, uses) if _works(rerun, module, usage) else None
     return None
 
 
@@ -253,6 +265,7 @@ class _Recorder:
     def __init__(self, plan: _Plan, sums: Mapping[str, Tensor], batch_size: int) -> None:
         self.plan, self.sums, self.batch_size = plan, sums, batch_size
         self.expected: dict[str, int] = defaultdict(int)
+        self.uses: Counter[str] = Counter()
         self.arrived: dict[str, list[Contribution]] = defaultdict(list)
         self.hooks = ExitStack()
 
@@ -263,6 +276,15 @@ class _Recorder:
 
     def __exit__(self, *exception: Any) -> None:
         self.hooks.close()
+
+    def check_uses(self, counts: Counter[str]) -> None:
+        """Every use of a parameter must have been one of a module that the plan knows.
+
+        Raises:
+            _PlanOutdated: If not.
+        """
+        if any(counts[name] != self.uses[name] for name in self.sums if name not in self.plan.by_loop):
+            raise _PlanOutdated
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass; the weights are frozen, so only the recorded outputs receive gradients."""
@@ -280,6 +302,7 @@ class _Recorder:
         if call is None:
             return output
         self._check(call, args, kwargs, output)
+        self.uses.update(call.uses)
         if not torch.is_grad_enabled():  # the model itself wants no gradient here
             return output
         if call.shared:  # from here on every example has a copy of its own, so the gradient is per example

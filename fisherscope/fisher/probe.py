@@ -5,7 +5,7 @@ is indexed by example; one that stays the same is shared by all. The length of t
 nothing: a sequence may be as long as the batch.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -28,15 +28,23 @@ class Usage:
     """What was seen of one module.
 
     Attributes:
-        parameters: Canonical names of the parameters used by operations of this module's own forward function.
+        parameters: How many operations of this module's own forward function, over all calls, use the values of which
+            parameter, by canonical name.
         sizes: For both runs, for every call, the length of the first axis of each tensor input and of the output
             (``None`` where there is none, or the output is no tensor).
         call: Inputs and output of the latest call.
     """
 
-    parameters: set[str] = field(default_factory=set)
+    parameters: Counter[str] = field(default_factory=Counter)
     sizes: tuple[list[Sizes], list[Sizes]] = field(default_factory=lambda: ([], []))
     call: tuple[tuple[Any, ...], dict[str, Any], Any] = ((), {}, None)
+
+    def uses_per_call(self) -> dict[str, int] | None:
+        """Operations per call that use a parameter; None if the calls do not agree."""
+        calls = len(self.sizes[0]) + len(self.sizes[1])
+        if not calls or any(count % calls for count in self.parameters.values()):
+            return None
+        return {name: count // calls for name, count in self.parameters.items()}
 
     def batched(self) -> frozenset[Key] | None:
         """The inputs (and ``"output"``) indexed by example in every call; None if the calls do not agree."""
@@ -84,16 +92,46 @@ def repeated(batch: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
     return {name: value[torch.arange(size, device=value.device) % len(value)] for name, value in batch.items()}
 
 
-class _Watcher(TorchFunctionMode):
-    """Notes every operation that turns a parameter into a tensor, under the module whose forward is running."""
+class ParameterUses(TorchFunctionMode):
+    """Counts the operations that use the values of a parameter, while the mode is on.
+
+    Attributes:
+        counts: Number of operations by canonical name.
+    """
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        """Count for the parameters named, by ``id(parameter)``."""
+        super().__init__()
+        self.names = names
+        self.counts: Counter[str] = Counter()
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and note its parameters."""
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, (Tensor, tuple, list)):  # .dtype and .size() are no use of the values
+            for value in tree_leaves((args, kwargs)):
+                if (name := self.names.get(id(value))) is not None:
+                    self.note(name)
+        return result
+
+    def note(self, name: str) -> None:
+        """Count one use."""
+        self.counts[name] += 1
+
+
+class _Watcher(ParameterUses):
+    """Notes the uses under the module whose forward is running, and the sizes of what goes in and out."""
 
     def __init__(
         self, model: nn.Module, names: Mapping[int, str], usages: dict[nn.Module, Usage], run_number: int
     ) -> None:
-        super().__init__()
-        self.model, self.names, self.usages, self.run_number = model, names, usages, run_number
+        super().__init__(names)
+        self.model, self.usages, self.run_number = model, usages, run_number
         self.running: list[nn.Module] = [OUTSIDE]
         self.hooks = ExitStack()
+
+    def note(self, name: str) -> None:
+        self.usages[self.running[-1]].parameters[name] += 1
 
     def __enter__(self) -> "_Watcher":
         for module in self.model.modules():
@@ -106,14 +144,6 @@ class _Watcher(TorchFunctionMode):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self.hooks.close()
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        if isinstance(result, (Tensor, tuple, list)):  # .dtype and .size() are no use of the values
-            for value in tree_leaves((args, kwargs)):
-                if id(value) in self.names:
-                    self.usages[self.running[-1]].parameters.add(self.names[id(value)])
-        return result
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.running.append(module)

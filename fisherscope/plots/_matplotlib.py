@@ -28,7 +28,7 @@ _LIGHT = np.array([-0.50, -0.40, 0.77])  # towards the light, in a box whose sid
 @matplotlib.rc_context(STYLE)
 def surface(panels: Panels) -> Figure:
     """One 3-D surface per landscape, from one camera, cut where the scale ends."""
-    page = Page(panels, most=3, aspect=0.72, left=0.08, between=0.05, below=0.28)
+    page = Page(panels, most=3, aspect=0.72, left=0.08, between=0.05, below=0.36)
     for panel, axes in page.axes(projection="3d", computed_zorder=False):
         _draw_surface(axes, panel, panels.scale)
     return page.finished(_colours())
@@ -93,7 +93,7 @@ def sorted_scores(lines: Lines) -> Figure:
     if lines.is_log:
         single.axes.set_yscale("log")
     if lines.is_share:
-        single.axes.set_xlim(0, 1)
+        single.axes.set_xlim(-0.01, 1.01)
     else:
         single.axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     return single.finished()
@@ -163,8 +163,8 @@ def _draw_surface(axes: Any, panel: Panel, scale: Scale) -> None:
     axes.set_box_aspect((1, 1, HEIGHT), zoom=1.05)
     axes.patch.set_visible(False)
     axes.tick_params(pad=-3)
-    axes.set_xlabel("step along direction 1", labelpad=-7)
-    axes.set_ylabel("step along direction 2", labelpad=-7)
+    axes.set_xlabel("step along direction 1", labelpad=-5)
+    axes.set_ylabel("step along direction 2", labelpad=-5)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
         axis.set_pane_color("0.97")
         axis.line.set(color="0.5", linewidth=0.5)

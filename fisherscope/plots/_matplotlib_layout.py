@@ -86,7 +86,7 @@ class Page:
         self.panel_height = aspect * self.panel_width
         self.titles = [_wrapped(_plain(panel.title), self.panel_width, TITLE) for panel in panels.panels]
         self.title_height = 0.05 + 1.15 * LINE * (1 + max(title.count("\n") for title in self.titles))
-        self.header = self.title_height + 0.05 + LINE * max(len(panel.notes) for panel in panels.panels)
+        self.header = self.title_height + 0.07 + LINE * max(len(panel.notes) for panel in panels.panels)
         self.row_height = self.header + self.panel_height + below
         self.note = _paragraphs((*panels.notes, *notes), self.width)
         self.height = self.rows * self.row_height + 0.08 + text_height(self.note)
@@ -103,7 +103,8 @@ class Page:
         scale, axes = self.panels.scale, self._place(self.bar_left, (top + bottom - height) / 2, _BAR, height)
         mappable = ScalarMappable(Normalize(scale.low, scale.high), colours)
         bar = self.figure.colorbar(mappable, axes, extend="max" if scale.is_cut else "neither", label=scale.label)
-        bar.solids.set_edgecolor("face")  # else viewers show the page between the bands
+        # else viewers show the page between the bands
+        bar.solids.set_edgecolor("face")  # pyright: ignore[reportOptionalMemberAccess]
         set_ticks(bar.ax.yaxis, scale.ticks)
         for mark in self.marks:
             bar.ax.axhline(mark.value, color="black", linewidth=0.8, path_effects=outline())

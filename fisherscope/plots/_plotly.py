@@ -68,29 +68,15 @@ def curves(panels: Panels) -> go.Figure:
     scale = panels.scale
     figure = _single(panels.notes)
     for number, panel in enumerate(panels.panels):
-        name = "<br>".join(map(html.escape, (panel.title, ", ".join(panel.notes))))
-        figure.add_trace(
-            go.Scatter(
-                x=panel.steps[0],
-                y=panel.losses,
-                customdata=scale.shown(panel.losses),
-                name=name,
-                mode="lines",
-                line=_line(number),
-                hovertemplate=_hover(panel, scale),
-            )
-        )
+        figure.add_trace(_curve_trace(panel, scale, number))
         if panel.centre is not None:
-            figure.add_trace(
-                go.Scatter(
-                    x=[0],
-                    y=[panel.centre],
-                    mode="markers",
-                    marker={"color": "black", "size": 6},
-                    showlegend=False,
-                    hoverinfo="skip",
-                )
-            )
+            mark = {
+                "mode": "markers",
+                "marker": {"color": "black", "size": 6},
+                "showlegend": False,
+                "hoverinfo": "skip",
+            }
+            figure.add_trace(go.Scatter(x=[0], y=[panel.centre], **mark))
     for reference in panels.references:
         figure.add_hline(
             reference.value,
@@ -216,6 +202,18 @@ def _add_notes(figure: go.Figure, notes: Sequence[str], footer: int) -> None:
         showarrow=False,
         align="left",
         font={"size": 12, "color": _QUIET},
+    )
+
+
+def _curve_trace(panel: Panel, scale: Scale, number: int) -> go.Scatter:
+    return go.Scatter(
+        x=panel.steps[0],
+        y=panel.losses,
+        customdata=scale.shown(panel.losses),
+        name="<br>".join(map(html.escape, (panel.title, ", ".join(panel.notes)))),
+        mode="lines",
+        line=_line(number),
+        hovertemplate=_hover(panel, scale),
     )
 
 
