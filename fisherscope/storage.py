@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 Provenance = Mapping[str, Any]
 """Where a result came from; plain JSON values, file names only, never absolute paths."""
 
-VOLATILE = ("command", "time")
+VOLATILE = ("command", "time", "versions")
 """The provenance keys in which two runs with the same result may differ."""
 
 

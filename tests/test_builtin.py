@@ -67,12 +67,21 @@ def test_trajectory_ends_at_the_model(bert: tuple[torch.nn.Module, fs.Batches]) 
 def test_pretraining_script_trains_resumes_and_exports(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n\n".join(f"The cat number {i} sat on the mat." for i in range(300)))
     script = [sys.executable, str(ROOT / "scripts" / "pretrain_builtin.py")]
-    train = [*script, "train", "--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run"), "--causal-steps", "2"]
+    train = [
+        *script,
+        "train",
+        "--text",
+        str(tmp_path / "text.txt"),
+        "--out",
+        str(tmp_path / "run"),
+        "--causal-steps",
+        "2",
+    ]
     size = ["--batch-size", "2", "--vocabulary", "400"]
     for steps in ("4", "6"):  # the second one goes on after the first
         subprocess.run([*train, *size, "--steps", steps], check=True, cwd=ROOT, capture_output=True)
     out = ["--out", str(tmp_path / "model"), "--trajectory", str(tmp_path / "trajectory")]
     subprocess.run([*script, "export", "--run", str(tmp_path / "run"), *out], check=True, cwd=ROOT, capture_output=True)
-    model, tokenizer = fs.load_model(tmp_path / "model", device="cpu")
+    _, tokenizer = fs.load_model(tmp_path / "model", device="cpu")
     assert len(tokenizer) == 400 and "held out" in (tmp_path / "model" / "README.md").read_text()
     assert [row["step"] for row in json.loads((tmp_path / "trajectory" / "held_out.json").read_text())] == [0, 2, 4, 6]

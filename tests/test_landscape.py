@@ -408,7 +408,7 @@ def test_provenance_says_how_the_landscape_was_made(bert: Case):
     mask = random_fraction(bert.model, 0.5, seed=9)
     facts = scan_quietly(bert.model, batches, axes=1, points=3, mask=mask, seed=5).provenance
     assert facts["model"]["class"] == "BertForMaskedLM"
-    assert facts["data"] == {"source": "some text", "fingerprint": "abc"}
+    assert facts["data"] == {"source": "some text", "fingerprint": "abc", "batch_size": 3, "settings": None}
     assert facts["mask"]["rule"] == "random 0.5 of entries within model, seed 9"
     assert facts["mask"]["selected"] == mask.num_selected
     assert facts["settings"]["seed"] == 5

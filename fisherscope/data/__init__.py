@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from .sources import OBJECTIVES, Source, read_source
 
 if TYPE_CHECKING:
-    from .encoding import Batches, load_batches
+    from .encoding import BatchDigest, Batches, describe_batches, load_batches
 
-__all__ = ["Batches", "load_batches", "OBJECTIVES", "Source", "read_source"]
+__all__ = ["BatchDigest", "Batches", "describe_batches", "load_batches", "OBJECTIVES", "Source", "read_source"]
 
 
 def __getattr__(name: str) -> Any:

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -100,6 +100,34 @@ def _stacked(rows: Sequence[np.ndarray], value: int) -> Tensor:
     for target, row in zip(stacked, rows, strict=True):
         target[: len(row)] = row
     return torch.from_numpy(stacked)
+
+
+def describe_batches(batches: Iterable[Mapping[str, Tensor]]) -> dict[str, object]:
+    """What provenance says of any batches; the fingerprint is None unless :func:`load_batches` made them."""
+    return {
+        "source": getattr(batches, "source", "in memory"),
+        "fingerprint": getattr(batches, "fingerprint", None),
+        "batch_size": getattr(batches, "batch_size", None),
+        "settings": getattr(batches, "settings", None),
+    }
+
+
+class BatchDigest:
+    """A fingerprint of batches that come one by one."""
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        self._digest = hashlib.sha256()
+
+    def update(self, batch: Mapping[str, Tensor]) -> None:
+        """See one more batch."""
+        for name, tensor in sorted(batch.items()):
+            self._digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+            self._digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+
+    def __str__(self) -> str:
+        """16 hexadecimal digits of a SHA-256 over the batches seen."""
+        return self._digest.hexdigest()[:16]
 
 
 def load_batches(

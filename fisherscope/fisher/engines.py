@@ -10,7 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from .rules import Contribution, Rule, accumulate, generic, rule_for
 logger = logging.getLogger(__name__)
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Adds squared per-example gradients of a batch to sums of squares."""
 

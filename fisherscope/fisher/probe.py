@@ -108,7 +108,7 @@ class ParameterUses(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and note its parameters."""
         result = function(*args, **(kwargs or {}))
-        if isinstance(result, (Tensor, tuple, list)):  # .dtype and .size() are no use of the values
+        if isinstance(result, (Tensor, tuple, list)) and not isinstance(result, torch.Size):  # no use of the values
             for value in tree_leaves((args, kwargs)):
                 if (name := self.names.get(id(value))) is not None:
                     self.note(name)

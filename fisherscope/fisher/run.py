@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import storage
 from .._progress import progress_bar
+from ..data import BatchDigest, describe_batches
 from ..models import describe, infer_objective, measuring
 from ..objectives import Batch, LossFunction
 from ..scores import FORMAT, Estimator, FisherScores, Reduction, Unit, read_tensors, write
@@ -90,6 +91,7 @@ def estimate_fisher(
         )
     if state.seen > state.used:
         logger.warning("%d of %d examples have no scored token and were skipped.", state.seen - state.used, state.seen)
+    facts["provenance"]["data"]["fingerprint"] = facts["provenance"]["data"]["fingerprint"] or state.digest
     provenance = storage.provenance(**facts["provenance"], skipped=state.seen - state.used)
     scores = {name: total / state.used for name, total in state.sums.items()}
     return FisherScores(scores, state.used, facts["estimator"], facts["unit"], reduction, provenance)
@@ -97,9 +99,18 @@ def estimate_fisher(
 
 @dataclass
 class _State:
-    """How far a run has come."""
+    """How far a run has come.
+
+    Attributes:
+        sums: Parameter name to sum of squared gradients.
+        digest: Fingerprint of the batches done.
+        batches: Number of batches done.
+        seen: Number of examples in them.
+        used: Number of those that had something to score.
+    """
 
     sums: dict[str, Tensor]
+    digest: str = ""
     batches: int = 0
     seen: int = 0
     used: int = 0
@@ -135,10 +146,10 @@ class _State:
             sums = {name: tensor.to(scored[name].device) for name, tensor in saved.items()}
             batches, seen, used = (int(v) for v in before["progress"])
         logger.info("Going on after %d examples.", seen)
-        return _State(sums, batches, seen, used)
+        return _State(sums, str(before["digest"]), batches, seen, used)
 
     def save(self, path: Path, facts: Mapping[str, Any]) -> None:
-        counts = {"num_examples": self.used, "progress": [self.batches, self.seen, self.used]}
+        counts = {"num_examples": self.used, "progress": [self.batches, self.seen, self.used], "digest": self.digest}
         with storage.atomic(path) as temporary:
             write(temporary, self.sums, counts, {**facts, "provenance": storage.provenance(**facts["provenance"])})
 
@@ -147,14 +158,8 @@ def _facts(
     model: nn.Module, batches: Iterable[Batch], objective: str | LossFunction, reduction: str, engine: str
 ) -> dict[str, Any]:
     """What identifies a run: a resumed run must agree on all of it."""
-    data = {
-        "source": getattr(batches, "source", "in memory"),
-        "fingerprint": getattr(batches, "fingerprint", None),
-        "batch_size": getattr(batches, "batch_size", None),
-        "settings": getattr(batches, "settings", None),
-    }
     name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", "a function")
-    provenance = {"model": describe(model), "data": data, "objective": name, "engine": engine}
+    provenance = {"model": describe(model), "data": describe_batches(batches), "objective": name, "engine": engine}
     return {"estimator": "empirical", "unit": "sequence", "reduction": reduction, "provenance": provenance}
 
 
@@ -162,14 +167,17 @@ def _run(
     add: Engine, batches: Iterable[Batch], state: _State, facts: Mapping[str, Any], checkpoint: Path | None, shown: bool
 ) -> None:
     total = getattr(batches, "num_examples", None)
-    saved = time.monotonic()
+    saved, digest = time.monotonic(), BatchDigest()
     with progress_bar(total, "Fisher", "example", done=state.seen, shown=shown) as bar:
         for number, batch in enumerate(batches):
+            digest.update(batch)
+            if number + 1 == state.batches and str(digest) != state.digest:
+                raise ValueError(f"{checkpoint} was begun with other data; delete it to start afresh.")
             if number < state.batches:
                 continue
             size = len(next(iter(batch.values())))
             state.used += add(batch, state.sums)
-            state.batches, state.seen = number + 1, state.seen + size
+            state.digest, state.batches, state.seen = str(digest), number + 1, state.seen + size
             bar.update(size)
             if checkpoint and state.used and time.monotonic() - saved >= SECONDS_BETWEEN_CHECKPOINTS:
                 state.save(checkpoint, facts)

@@ -1,7 +1,9 @@
 """Evaluating a model on a grid of steps, and leaving it exactly as it was."""
 
 import json
+import logging
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,11 +15,14 @@ from torch import Tensor, nn
 
 from .. import storage
 from .._progress import progress_bar
+from ..data import BatchDigest, describe_batches
 from ..masks import Mask
 from ..models import describe, infer_objective, measuring
 from ..objectives import Batch, LossFunction, example_losses, reference_losses
 from .directions import Direction, Normalize, OneDimensional, random_directions, restrict
 from .surface import Axis, Journal, Landscape, journal
+
+logger = logging.getLogger(__name__)
 
 
 def scan_landscape(
@@ -75,6 +80,8 @@ def scan_landscape(
         else random_directions(model, axes, seed=seed, normalize=normalize, one_dimensional=one_dimensional)
     )
     selected = mask.for_model(model, strict=strict) if mask else None
+    if selected is not None and (resting := [n for n, _ in model.named_parameters() if n not in selected]):
+        logger.info("%d parameters are not in the mask and rest, for example '%s'.", len(resting), resting[0])
     moves = [restrict(direction, selected) for direction in whole]
     kind = "given" if given else {"filter": "random, filter-normalised", "none": "random, Gaussian"}[normalize]
     grid_axes = tuple(_axis(number, s, move, kind) for number, (s, move) in enumerate(zip(steps, moves, strict=True)))
@@ -94,7 +101,7 @@ def scan_landscape(
         _name(objective),
         reference_losses(model, fixed, objective),
         mask.provenance.get("rule", "a mask") if mask else "all entries",
-        _provenance(model, batches, mask, objective, settings),
+        _provenance(model, batches, fixed, mask, objective, settings),
     )
     with measuring(model), ExitStack() as stack:
         loss_at = _Evaluator(model, fixed, objective, moves)
@@ -187,7 +194,7 @@ class _Evaluator:
 def _grid(axes: int, points: int | Sequence[int], span: float) -> list[np.ndarray]:
     if axes not in (1, 2):
         raise ValueError(f"axes must be 1 or 2, got {axes}.")
-    counts = [points] * axes if isinstance(points, int) else list(points)
+    counts = [operator.index(count) for count in (points if isinstance(points, Sequence) else [points] * axes)]
     if len(counts) != axes:
         raise ValueError(f"points must be one number or one per axis ({axes}), got {counts}.")
     for count in counts:
@@ -242,17 +249,20 @@ def _name(objective: str | LossFunction) -> str:
 def _provenance(
     model: nn.Module,
     batches: Iterable[Batch],
+    fixed: Sequence[Batch],
     mask: Mask | None,
     objective: str | LossFunction,
     settings: Mapping[str, object],
 ) -> dict[str, object]:
+    data = describe_batches(batches)
+    if data["fingerprint"] is None:
+        digest = BatchDigest()
+        for batch in fixed:
+            digest.update(batch)
+        data["fingerprint"] = str(digest)
     facts = {
         "model": describe(model),
-        "data": {
-            "source": getattr(batches, "source", "in memory"),
-            "fingerprint": getattr(batches, "fingerprint", None),
-        },
-        "batch_size": getattr(batches, "batch_size", None),
+        "data": data,
         "objective": _name(objective),
         "mask": None if mask is None else {"rule": mask.provenance.get("rule"), "selected": mask.num_selected},
         "settings": dict(settings),
