@@ -120,13 +120,13 @@ class FisherScores(Mapping[str, Tensor]):
             facts = storage.attributes(file)
             try:
                 num_examples = int(facts["num_examples"])
-                kind = [str(facts[key]) for key in ("estimator", "unit", "reduction")]
+                kind: dict[str, Any] = {key: str(facts[key]) for key in ("estimator", "unit", "reduction")}
                 provenance = dict(json.loads(facts["provenance"]))
             except (KeyError, TypeError, ValueError) as error:
                 raise storage.WrongFile(f"{path} has damaged attributes; make it again.") from error
             divisor = num_examples if "progress" in facts else 1
             tensors = {name: tensor / divisor for name, tensor in read_tensors(file).items()}
-        return FisherScores(tensors, num_examples, *kind, provenance)  # pyright: ignore[reportArgumentType]
+        return FisherScores(tensors, num_examples, **kind, provenance=provenance)
 
 
 def by_layer(scores: FisherScores, *, include_new: bool = False) -> dict[str, float]:

@@ -5,21 +5,18 @@ about the price of one training step: it freezes the weights, so that autograd f
 forms the per-example ones itself from each module's input and the gradient of its output.
 """
 
-import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ..objectives import Batch, ExampleLosses, LossFunction, example_losses
-from .probe import ParameterUses, Usage, repeated, watch
-from .rules import Contribution, Rule, accumulate, generic, rule_for
-
-logger = logging.getLogger(__name__)
+from .plan import Call, Plan, PlanOutdated, make_plan
+from .probe import ParameterUses
+from .rules import Contribution, accumulate
 
 
 @runtime_checkable
@@ -68,18 +65,18 @@ def hooks_engine(model: nn.Module, objective: str | LossFunction, reduction: str
 
     A parameter that no rule can do exactly goes to :func:`loop_engine`, and one log line names it.
     """
-    plan: _Plan | None = None
+    plan: Plan | None = None
     slow = loop_engine(model, objective, reduction)
 
     def fast(batch: Batch, sums: Mapping[str, Tensor]) -> ExampleLosses:
         nonlocal plan
-        plan = plan or _make_plan(model, batch, objective, sums, known_slow=frozenset())
-        with suppress(_PlanOutdated):
+        plan = plan or make_plan(model, batch, objective, sums, known_slow=frozenset())
+        with suppress(PlanOutdated):
             return _add_by_hooks(model, batch, objective, reduction, plan, sums)
-        plan = _make_plan(model, batch, objective, sums, known_slow=plan.by_loop)
-        with suppress(_PlanOutdated):
+        plan = make_plan(model, batch, objective, sums, known_slow=plan.by_loop)
+        with suppress(PlanOutdated):
             return _add_by_hooks(model, batch, objective, reduction, plan, sums)
-        plan = _Plan({}, frozenset(sums), frozenset(), ())  # what it does depends on the number of examples
+        plan = Plan({}, frozenset(sums), frozenset(), ())  # what it does depends on the number of examples
         return _add_by_hooks(model, batch, objective, reduction, plan, sums)
 
     def add(batch: Batch, sums: Mapping[str, Tensor]) -> int:
@@ -96,7 +93,7 @@ def _add_by_hooks(
     batch: Batch,
     objective: str | LossFunction,
     reduction: str,
-    plan: "_Plan",
+    plan: Plan,
     sums: Mapping[str, Tensor],
 ) -> ExampleLosses:
     names = {id(p): name for name, p in model.named_parameters() if name in sums}
@@ -123,131 +120,6 @@ def _reduced(losses: ExampleLosses, reduction: str, first: int = 0) -> Tensor:
     return values
 
 
-class _PlanOutdated(Exception):
-    """The model did something in this batch that it did not do in the one the plan was made from."""
-
-
-@dataclass(frozen=True)
-class _Call:
-    """How one module takes part.
-
-    Attributes:
-        rule: What its gradients are formed by.
-        parameters: Its own scored parameters: own name, such as ``"weight"``, to canonical name.
-        batched: Which inputs, and the ``"output"``, are indexed by example.
-        uses: How many operations of one call use which parameter.
-    """
-
-    rule: Rule
-    parameters: Mapping[str, str]
-    batched: frozenset[int | str]
-    uses: Mapping[str, int]
-
-    @property
-    def shared(self) -> bool:
-        """Whether the output has no example axis of its own, but one of length 1."""
-        return "output" not in self.batched
-
-    def without(self, names: frozenset[str]) -> "_Call":
-        """The same, but for the parameters named."""
-        kept = {own: name for own, name in self.parameters.items() if name not in names}
-        return replace(self, parameters=kept)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What is done for every module that uses a scored parameter.
-
-    Attributes:
-        calls: The modules that have a rule.
-        by_loop: The parameters that the loop does.
-        seen: All modules that were called when the plan was made.
-        watched: The modules that own a scored parameter, or use one.
-    """
-
-    calls: Mapping[nn.Module, _Call]
-    by_loop: frozenset[str]
-    seen: frozenset[nn.Module]
-    watched: tuple[nn.Module, ...]
-
-
-def _make_plan(
-    model: nn.Module,
-    batch: Batch,
-    objective: str | LossFunction,
-    sums: Mapping[str, Tensor],
-    *,
-    known_slow: frozenset[str],
-) -> _Plan:
-    """Find a rule for every use of every scored parameter, or send the parameter to the loop."""
-    names = {id(p): name for name, p in model.named_parameters() if name in sums}
-    usages = watch(model, batch, names, lambda examples: example_losses(model, examples, objective))
-    users = {module: usage for module, usage in usages.items() if usage.parameters}
-    found = {module: _plan_call(module, usage, names) for module, usage in users.items()}
-    calls = {module: call for module, call in found.items() if call}
-    slow = known_slow.union(*(usage.parameters for module, usage in users.items() if module not in calls))
-    if not _sharing_is_harmless(model, batch, objective, [module for module, call in calls.items() if call.shared]):
-        slow = slow.union(*(call.parameters.values() for call in calls.values() if call.shared))
-    if slow - known_slow:
-        logger.info(
-            "%d parameters have no batched rule and are done one example at a time, for example '%s'.",
-            len(slow),
-            min(slow),
-        )
-    fast = {module: own for module, call in calls.items() if (own := call.without(slow)).parameters}
-    owners = [m for m in model.modules() if any(id(p) in names for p in m.parameters(recurse=False))]
-    return _Plan(fast, slow, frozenset(usages), tuple(dict.fromkeys([*owners, *fast])))
-
-
-def _plan_call(module: nn.Module, usage: Usage, names: Mapping[int, str]) -> _Call | None:
-    own = {k: names[id(p)] for k, p in module.named_parameters(recurse=False, remove_duplicate=False) if id(p) in names}
-    uses = usage.uses_per_call()
-    if uses is None or not usage.parameters.keys() <= set(own.values()):
-        return None  # it computes with another module's parameter, or not always in the same way
-    own = {k: name for k, name in own.items() if name in usage.parameters}
-    batched, rule = usage.batched(), rule_for(module)
-    if rule and batched and {0, "output"} <= batched:
-        return _Call(rule, own, batched, uses)
-    if rule and isinstance(module, nn.Embedding) and usage.shared_by_one():
-        return _Call(rule, own, frozenset(), uses)
-    if not rule and batched and "output" in batched and len(batched) > 1:
-        rerun = generic(batched - {"output"})
-        return _Call(rerun, own, batched, uses) if _works(rerun, module, usage) else None
-    return None
-
-
-def _works(rule: Rule, module: nn.Module, usage: Usage) -> bool:
-    """Whether the generic rule can run a module at all; vmap cannot follow code that depends on values."""
-    args, kwargs, output = usage.call
-    try:
-        rule(module, args, kwargs, torch.ones_like(output))
-    except Exception:  # whatever the module's own code raises under vmap
-        return False
-    return True
-
-
-def _sharing_is_harmless(
-    model: nn.Module, batch: Batch, objective: str | LossFunction, shared: Sequence[nn.Module]
-) -> bool:
-    """Whether giving every example its own copy of a shared output leaves the losses alone, on three examples."""
-    if not shared:
-        return True
-    examples = repeated(batch, 3)
-
-    def expand(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output.expand(3, *output.shape[1:])
-
-    with torch.no_grad(), ExitStack() as hooks:
-        before = example_losses(model, examples, objective).total
-        for module in shared:
-            hooks.callback(module.register_forward_hook(expand).remove)
-        try:
-            after = example_losses(model, examples, objective).total
-        except (RuntimeError, ValueError, IndexError):  # the shape mattered
-            return False
-    return before.shape == after.shape and torch.allclose(before, after, rtol=1e-4, atol=1e-6, equal_nan=True)
-
-
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """No weight needs a gradient for the length of the block."""
@@ -263,7 +135,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 class _Recorder:
     """Watches one forward and backward pass; a parameter is accumulated as soon as all its uses are in."""
 
-    def __init__(self, plan: _Plan, sums: Mapping[str, Tensor], batch_size: int) -> None:
+    def __init__(self, plan: Plan, sums: Mapping[str, Tensor], batch_size: int) -> None:
         self.plan, self.sums, self.batch_size = plan, sums, batch_size
         self.expected: dict[str, int] = defaultdict(int)
         self.uses: Counter[str] = Counter()
@@ -282,10 +154,10 @@ class _Recorder:
         """Every use of a parameter must have been one of a module that the plan knows.
 
         Raises:
-            _PlanOutdated: If not.
+            PlanOutdated: If not.
         """
         if any(counts[name] != self.uses[name] for name in self.sums if name not in self.plan.by_loop):
-            raise _PlanOutdated
+            raise PlanOutdated
 
     def backward(self, loss: Tensor) -> None:
         """Run the backward pass; the weights are frozen, so only the recorded outputs receive gradients."""
@@ -298,7 +170,7 @@ class _Recorder:
 
     def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if module not in self.plan.seen:
-            raise _PlanOutdated
+            raise PlanOutdated
         call = self.plan.calls.get(module)
         if call is None:
             return output
@@ -316,7 +188,7 @@ class _Recorder:
         return output
 
     def _after_backward(
-        self, module: nn.Module, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[[Tensor], None]:
         args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
         kwargs = {key: a.detach() if isinstance(a, Tensor) else a for key, a in kwargs.items()}
@@ -336,14 +208,14 @@ class _Recorder:
 
         return arrive
 
-    def _check(self, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def _check(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The example axis must be where it was when the plan was made."""
         values = {**dict(enumerate(args)), **kwargs, "output": output}
         keys = {0, "output"} if call.shared else call.batched
         length = 1 if call.shared else self.batch_size
         for key in keys:
             if not isinstance(values.get(key), Tensor) or len(values[key]) != length:
-                raise _PlanOutdated
+                raise PlanOutdated
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:

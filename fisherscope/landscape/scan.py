@@ -212,8 +212,8 @@ def _grid(axes: int, points: int | Sequence[int], span: float) -> list[np.ndarra
 def _check_directions(
     directions: Literal["random"] | Sequence[Direction], model: nn.Module, axes: int
 ) -> Sequence[Direction]:
-    mappings = not isinstance(directions, str) and all(isinstance(d, Mapping) for d in directions)
-    if not mappings or len(directions) != axes:
+    mappings = all(isinstance(d, Mapping) for d in directions)
+    if isinstance(directions, str) or not mappings or len(directions) != axes:
         found = f"{len(directions)} directions" if mappings else repr(directions)[:40]
         raise ValueError(f"directions must be 'random' or one mapping per axis ({axes}), got {found}.")
     parameters = dict(model.named_parameters())
