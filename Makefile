@@ -10,10 +10,10 @@ demo: $(VENV)/.core
 	$(BIN)/fisherscope demo --out figures/demo --overwrite
 
 test: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow and not gpu" --jaxtyping-packages=fisherscope,beartype.beartype
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --nbmake -m "not slow and not gpu" --jaxtyping-packages=fisherscope,beartype.beartype
 
 test-all: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not gpu" --jaxtyping-packages=fisherscope,beartype.beartype
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --nbmake -m "not gpu" --jaxtyping-packages=fisherscope,beartype.beartype
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -25,7 +25,7 @@ bench: $(VENV)/.dev
 
 # On a machine with a GPU and its own torch, transformers and pytest; installs nothing.
 gpu-check:
-	PYTHONPATH=. python3 -m pytest -p no:cacheprovider -m gpu tests
+	PYTHONPATH=. python3 -m pytest -p no:cacheprovider -W default -m gpu tests/test_gpu.py
 	PYTHONPATH=. python3 benchmarks/fisher.py --device cuda --out benchmarks/results
 
 $(VENV)/bin/pip:

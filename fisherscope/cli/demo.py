@@ -98,9 +98,8 @@ Fisher scores and loss surfaces of `builtin:bert` on held-out text, `builtin:doc
 |---|---|---|---|---|---|
 {rows}
 
-The masks select half of the entries each, but the directions differ in size: filter normalisation scales them by the
-weights, and biases and norms rest. Compare surfaces at equal distance before concluding that one set of entries
-matters more.
+The masks select half of the entries each, but the directions differ in size: they are scaled to the weights row by
+row, and biases and norms rest. Mind that before concluding from the surfaces that one set of entries matters more.
 
 Made in {seconds:.0f} s with {", ".join(f"{k} {v}" for k, v in facts["versions"].items())}; weights
 `{facts["model"]["fingerprint"]}`, text `{facts["data"]["fingerprint"]}`. The commands:
