@@ -14,7 +14,7 @@ TITLES = ["all entries", "top 50 %", "bottom 50 %", "random 50 %"]
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Where to, and how fine."""
     parser.add_argument("--out", type=Path, required=True, help="folder for figures and files")
-    parser.add_argument("--points", type=int, default=17, help="grid points per axis of the surfaces")
+    parser.add_argument("--points", type=int, default=15, help="grid points per axis of the surfaces")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in the folder")
     add_general_flags(parser)
 
