@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .data import padding_id
 from .data.sources import OBJECTIVES, check_objective
 from .storage import digest
 
@@ -75,12 +76,8 @@ def load_model(
                 path, revision=revision, dtype=dtype, output_loading_info=True, **labels
             )
     tokenizer = _load_tokenizer(path, revision, str(name))
-    if (
-        model.config.pad_token_id is None
-    ):  # GPT-2's classification head asks for it; padding is masked, so any id will do
-        model.config.pad_token_id = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
+    model.config.pad_token_id = padding_id(tokenizer)  # a decoder's classification head finds the last token by it
+    _limit_length(tokenizer, model.config)
     new = sorted(set(report["missing_keys"]) & set(dict(model.named_parameters())))
     if new:
         logger.warning(
@@ -122,6 +119,13 @@ def _load_tokenizer(path: str, revision: str | None, name: str) -> "PreTrainedTo
             f"Cannot load the model {name!r}: it comes without a tokenizer; save one beside it with save_pretrained."
         )
     return tokenizer
+
+
+def _limit_length(tokenizer: Any, config: Any) -> None:
+    """Let the tokenizer cut texts where the model has no further positions; many tokenizers name no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0 and tokenizer.model_max_length > positions:
+        tokenizer.model_max_length = positions
 
 
 def _head_size(config: Any, objective: str, num_labels: int | None, name: str) -> dict[str, int]:
@@ -178,6 +182,21 @@ def saved_objective(name: str | Path, *, revision: str | None = None) -> str:
     return _objective_of_config(config, str(name))
 
 
+def saved_classes(name: str | Path, *, revision: str | None = None) -> tuple[str, ...]:
+    """The class names, by id, of a checkpoint that was saved with a classification head; empty for any other.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+    """
+    from transformers import AutoConfig
+
+    with _one_sentence(str(name)):
+        config = AutoConfig.from_pretrained(_resolve(str(name)), revision=revision)
+    if _objective_of_class((config.architectures or [""])[0], config) != "classification":
+        return ()
+    return tuple(str(config.id2label[i]) for i in range(config.num_labels))
+
+
 @contextlib.contextmanager
 def _one_sentence(name: str) -> Iterator[None]:
     """Turn the paragraphs that transformers raises when a model cannot be had into one sentence."""
@@ -219,11 +238,11 @@ def _objective_of_class(class_name: str, config: Any) -> str | None:
     if class_name in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
         return "regression" if config.num_labels == 1 else "classification"
     tables = {
-        "mlm": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         "seq2seq-lm": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "mlm": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         "causal-lm": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     }
-    for objective, table in tables.items():  # in this order: the causal table also lists models of the other two
+    for objective, table in tables.items():  # in this order: each table also lists models of the ones before
         if class_name in table.values():
             return objective
     return None

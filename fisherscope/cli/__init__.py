@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _set_up_logging()
         args.run(args)
     except KeyboardInterrupt:
-        print("fisherscope: interrupted; the same command with --resume goes on where it stopped.", file=sys.stderr)
+        resumable = argv and argv[0] in ("fisher", "landscape", "demo")
+        hint = "; the same command with --resume goes on where it stopped" if resumable else ""
+        print(f"fisherscope: interrupted{hint}.", file=sys.stderr)
         return 130
     except Exception as error:
         if debug:

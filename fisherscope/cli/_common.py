@@ -54,7 +54,7 @@ def output_is_complete(args: argparse.Namespace) -> bool:
     """Settle what is to be done about ``--out``; True if ``--resume`` finds the result already there.
 
     Raises:
-        FileExistsError: If there is a result and neither flag says what to do.
+        FileExistsError: If there is a result, or a part of one, and no flag says what to do.
     """
     part = storage.part_path(args.out)
     resume = getattr(args, "resume", False)
@@ -63,6 +63,8 @@ def output_is_complete(args: argparse.Namespace) -> bool:
         return True
     if args.out.exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; give --overwrite to replace it, or another --out.")
+    if part.exists() and not resume and not args.overwrite:
+        raise FileExistsError(f"{part} holds unfinished work; give --resume to go on, or --overwrite to start afresh.")
     if not resume:
         part.unlink(missing_ok=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -74,14 +76,19 @@ def load(args: argparse.Namespace) -> "tuple[PreTrainedModel, Batches, str]":
     import torch
 
     from ..data import load_batches, read_source
-    from ..models import load_model, saved_objective
+    from ..data.sources import with_class_order
+    from ..models import load_model, saved_classes, saved_objective
 
     objective = args.objective or saved_objective(args.model, revision=args.revision)
     source = read_source(args.data, objective=objective, text_columns=args.text_columns, label_column=args.label_column)
+    num_labels = source.num_labels
+    if objective == "classification" and (classes := saved_classes(args.model, revision=args.revision)):
+        source = with_class_order(source, classes)
+        num_labels = max(len(classes), source.num_labels or 0)
     model, tokenizer = load_model(
         args.model,
         objective=objective,
-        num_labels=source.num_labels if objective == "classification" else None,
+        num_labels=num_labels if objective == "classification" else None,
         seed=args.seed,
         revision=args.revision,
         dtype=getattr(torch, args.dtype),

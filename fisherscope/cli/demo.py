@@ -16,6 +16,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for figures and files")
     parser.add_argument("--points", type=int, default=15, help="grid points per axis of the surfaces")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in the folder")
+    parser.add_argument("--resume", action="store_true", help="keep what an interrupted demo has finished")
     add_general_flags(parser)
 
 
@@ -24,7 +25,10 @@ def run(args: argparse.Namespace) -> None:
     began = time.monotonic()
     commands = _commands(args.out, args.points)
     for command in commands:
-        _run(command + (["--overwrite"] if args.overwrite else []))
+        if args.resume and Path(command[-1]).exists() and not args.overwrite:
+            continue
+        resumable = ["--resume"] if args.resume and command[0] in ("fisher", "landscape") else []
+        _run(command + resumable + (["--overwrite"] if args.overwrite else []))
     _write_page(args.out, commands, time.monotonic() - began)
     print(f"{args.out}: done in {time.monotonic() - began:.0f} s; begin with {args.out / 'README.md'}")
 

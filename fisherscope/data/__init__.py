@@ -8,9 +8,18 @@ from typing import TYPE_CHECKING, Any
 from .sources import OBJECTIVES, Source, read_source
 
 if TYPE_CHECKING:
-    from .encoding import BatchDigest, Batches, describe_batches, load_batches
+    from .encoding import BatchDigest, Batches, describe_batches, load_batches, padding_id
 
-__all__ = ["BatchDigest", "Batches", "describe_batches", "load_batches", "OBJECTIVES", "Source", "read_source"]
+__all__ = [
+    "BatchDigest",
+    "Batches",
+    "describe_batches",
+    "load_batches",
+    "OBJECTIVES",
+    "Source",
+    "padding_id",
+    "read_source",
+]
 
 
 def __getattr__(name: str) -> Any:

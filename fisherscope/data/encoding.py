@@ -327,8 +327,13 @@ def _without_types(example: Example) -> Example:
     return {name: array for name, array in example.items() if name != "token_type_ids"}
 
 
+def padding_id(tokenizer: Any) -> int | None:
+    """The token that fills up batches: the tokenizer's padding token, else its end of sequence, else None."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def _padding(tokenizer: Any) -> dict[str, int]:
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    pad = padding_id(tokenizer)
     if pad is None:
         raise ValueError("Batches need a tokenizer with a padding or end-of-sequence token, but this one has neither.")
     return {"input_ids": pad, "token_type_ids": tokenizer.pad_token_type_id, "attention_mask": 0, "labels": IGNORED}

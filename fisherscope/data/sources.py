@@ -12,7 +12,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,6 +116,37 @@ def read_source(
         column = _label_column(table, label_column, objective)
         labels, names = _classes(table, column) if objective == "classification" else (_values(table, column), None)
     return Source(table.name, texts, labels, names, _fingerprint(texts, labels, names), columns, column)
+
+
+def with_class_order(source: Source, names: Sequence[str]) -> Source:
+    """The same source with classes numbered as a model numbers them.
+
+    Args:
+        source: With named classes.
+        names: The model's class names, by id; compared without regard to case. Placeholders (``LABEL_0``) say nothing,
+            and the source is returned as it is.
+
+    Raises:
+        ValueError: If the source has a class that the model does not name.
+    """
+    numbers = {name.casefold(): i for i, name in enumerate(names)}
+    own = source.label_names or ()
+    if source.labels is None or all(re.fullmatch(r"label_\d+", name) for name in numbers):
+        return source
+    if all(_INTEGER.fullmatch(name) for name in own) and not set(own) <= set(numbers):
+        return source  # ids without names: taken as they are
+    if missing := [name for name in own if name.casefold() not in numbers]:
+        raise ValueError(
+            f"{source.name} has the classes {', '.join(own)}, but the model's head has {', '.join(names)}: "
+            f"{missing[0]!r} is not among them; rename the classes, or write them as the model's numbers."
+        )
+    labels = [numbers[own[int(label)].casefold()] for label in source.labels]
+    return replace(
+        source,
+        labels=labels,
+        label_names=tuple(names),
+        fingerprint=_fingerprint(source.texts, labels, tuple(names)),
+    )
 
 
 def check_objective(objective: str) -> None:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 EngineName = Literal["auto", "hooks", "loop"]
 
-SECONDS_BETWEEN_CHECKPOINTS = 30.0
+SECONDS_BETWEEN_CHECKPOINTS = 5.0
 
 
 def estimate_fisher(
@@ -58,7 +58,7 @@ def estimate_fisher(
         engine: ``"loop"`` is one backward pass per example, ``"hooks"`` the batched engine; ``"auto"`` means hooks.
         progress: Show a bar with the expected time to the end.
         checkpoint: A file for the sums so far; when it exists the run goes on where it stopped. It stays at the end, so
-            that nothing is lost before the scores are saved.
+            that nothing is lost before the scores are saved; delete it then.
 
     Returns:
         Scores in the parameters' shapes, float32 (float64 for a float64 model), squared nats per squared unit.
@@ -166,19 +166,34 @@ def _facts(
 def _run(
     add: Engine, batches: Iterable[Batch], state: _State, facts: Mapping[str, Any], checkpoint: Path | None, shown: bool
 ) -> None:
-    total = getattr(batches, "num_examples", None)
-    saved, digest = time.monotonic(), BatchDigest()
+    total, done, number = getattr(batches, "num_examples", None), state.batches, 0
+    digest, next_save = BatchDigest(), time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
     with progress_bar(total, "Fisher", "example", done=state.seen, shown=shown) as bar:
-        for number, batch in enumerate(batches):
+        for number, batch in enumerate(batches, 1):
             digest.update(batch)
-            if number + 1 == state.batches and str(digest) != state.digest:
-                raise ValueError(f"{checkpoint} was begun with other data; delete it to start afresh.")
-            if number < state.batches:
+            if number == done and str(digest) != state.digest:
+                raise _other_data(checkpoint)
+            if number <= done:
                 continue
             size = len(next(iter(batch.values())))
             state.used += add(batch, state.sums)
-            state.digest, state.batches, state.seen = str(digest), number + 1, state.seen + size
+            state.digest, state.batches, state.seen = str(digest), number, state.seen + size
             bar.update(size)
-            if checkpoint and state.used and time.monotonic() - saved >= SECONDS_BETWEEN_CHECKPOINTS:
-                state.save(checkpoint, facts)
-                saved = time.monotonic()
+            if checkpoint and time.monotonic() >= next_save:
+                next_save = _save(state, checkpoint, facts)
+    if number < done:
+        raise _other_data(checkpoint)
+    if checkpoint:
+        _save(state, checkpoint, facts)
+
+
+def _save(state: _State, checkpoint: Path, facts: Mapping[str, Any]) -> float:
+    """Write the sums so far, and tell when to do so again: saving takes at most a twentieth of the run."""
+    began = time.monotonic()
+    if state.used:
+        state.save(checkpoint, facts)
+    return time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS * (1 + 4 * (time.monotonic() - began))
+
+
+def _other_data(checkpoint: Path | None) -> ValueError:
+    return ValueError(f"{checkpoint} was begun with other data; delete it to start afresh.")

@@ -79,7 +79,7 @@ def scan_landscape(
         if given
         else random_directions(model, axes, seed=seed, normalize=normalize, one_dimensional=one_dimensional)
     )
-    selected = mask.for_model(model, strict=strict) if mask else None
+    selected = mask.for_model(model, strict=strict) if mask is not None else None
     if selected is not None and (resting := [n for n, _ in model.named_parameters() if n not in selected]):
         logger.info("%d parameters are not in the mask and rest, for example '%s'.", len(resting), resting[0])
     moves = [restrict(direction, selected) for direction in whole]
@@ -100,7 +100,7 @@ def scan_landscape(
         np.zeros(shape, dtype=bool),
         _name(objective),
         reference_losses(model, fixed, objective),
-        mask.provenance.get("rule", "a mask") if mask else "all entries",
+        mask.provenance.get("rule", "a mask") if mask is not None else "all entries",
         _provenance(model, batches, fixed, mask, objective, settings),
     )
     with measuring(model), ExitStack() as stack:
