@@ -48,7 +48,7 @@ SNAPSHOTS_AFTER = (0, 64, 256, 1024, 2048, 4096)  # steps of masked language mod
 
 
 def read_text(path: Path) -> list[str]:
-    """The paragraphs of a text file, or of every .txt file in a folder whose name does not start with 'valid'."""
+    """The paragraphs of a text file, or of every .txt file in a folder but those kept for validation (valid*.txt)."""
     files = sorted(p for p in path.glob("**/*.txt") if not p.name.startswith("valid")) if path.is_dir() else [path]
     return [" ".join(p.split()) for f in files for p in f.read_text(encoding="utf-8").split("\n\n") if p.strip()]
 
@@ -189,7 +189,7 @@ def train(args: argparse.Namespace) -> None:
     paragraphs = [p for path in args.text for p in read_text(path)]
     if (args.out / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
-    else:  # documentation counts as much as the books, as in training
+    else:  # documentation and books weigh in the vocabulary as they do in training
         repeats = max(
             1, round(DOCS_SHARE / (1 - DOCS_SHARE) * sum(map(len, paragraphs)) / sum(map(len, documentation)))
         )
@@ -310,7 +310,7 @@ def held_out_loss(folder: Path, args: argparse.Namespace, data: str | Path) -> d
         for batch in batches:
             losses = example_losses(model, batch, "mlm")
             total, count = total + float(losses.total.sum()), count + int(losses.count.sum())
-    return {"loss": total / count, "tokens": count, **reference_losses(model, batches, "mlm")}
+    return {"loss": total / count, "tokens": int(count), **reference_losses(model, batches, "mlm")}
 
 
 def draw_curve(log: Path, curve: list[dict[str, float]], out: Path) -> None:
@@ -353,8 +353,7 @@ def card(run: dict, held_out: dict[str, float], books: dict[str, dict[str, float
 A small BERT for masked language modelling, pretrained for fisherscope so that everything it does can be tried offline
 on a model that has learned something. Not for any other use.
 
-- Shape: {shape["num_hidden_layers"]} layers x {shape["hidden_size"]}, {shape["num_attention_heads"]} heads,
-  {shape["vocab_size"]} WordPieces, {shape["max_position_embeddings"]} positions; tied head; float16 safetensors.
+- Shape: {shape["num_hidden_layers"]} layers x {shape["hidden_size"]}, {shape["num_attention_heads"]} heads, {shape["vocab_size"]} WordPieces, {shape["max_position_embeddings"]} positions; tied head; float16 safetensors.
 - Text: the training part of `builtin:docs` (documentation inside the standard library of Python {run["python"]},
   fingerprint `{run["docs_fingerprint"]}`), {run["text_tokens"][0]:,} tokens, and public-domain books, {books_tokens}
   tokens; windows drawn from the two with shares {run["shares"][0]:.0%} and {1 - run["shares"][0]:.0%}.
@@ -377,7 +376,13 @@ def main() -> None:
     commands = parser.add_subparsers(required=True)
     training = commands.add_parser("train")
     training.add_argument("--model", choices=["bert"], default="bert")
-    training.add_argument("--text", type=Path, action="append", default=[], help="text file or folder; may be repeated")
+    training.add_argument(
+        "--text",
+        type=Path,
+        action="append",
+        default=[],
+        help="text file, or folder (valid*.txt is left out); may be repeated",
+    )
     training.add_argument("--out", type=Path, required=True)
     training.add_argument("--steps", type=int, default=16000)
     training.add_argument("--causal-steps", type=int, default=1500, help="next-token prediction before masking")
