@@ -295,7 +295,7 @@ def export(args: argparse.Namespace) -> None:
         logger.info("%s", curve[-1])
     (args.trajectory / "held_out.json").write_text(json.dumps(curve, indent=1))
     shutil.copy(args.run_folder / "loss.jsonl", args.trajectory)
-    draw_curve(args.run_folder / "loss.jsonl", curve, args.trajectory / "loss_curve.png")
+    draw_curve(args.run_folder / "loss.jsonl", curve, run["causal_steps"], args.trajectory / "loss_curve.png")
     books = {book.name: held_out_loss(args.out, args, book) for book in args.held_out_text}
     (args.out / "README.md").write_text(card(run, curve[-1], books, args.out))
 
@@ -313,23 +313,31 @@ def held_out_loss(folder: Path, args: argparse.Namespace, data: str | Path) -> d
     return {"loss": total / count, "tokens": int(count), **reference_losses(model, batches, "mlm")}
 
 
-def draw_curve(log: Path, curve: list[dict[str, float]], out: Path) -> None:
+def draw_curve(log: Path, curve: list[dict[str, float]], causal_steps: int, out: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    figure = Figure(figsize=(4.5, 3), layout="constrained", dpi=200)
+    figure = Figure(figsize=(4.8, 3), layout="constrained", dpi=200)
     axes = figure.subplots()
-    axes.plot([r["step"] for r in rows], [r["loss"] for r in rows], color="#999999", lw=0.8, label="training text")
+    for label, color, part in (
+        ("training text, next tokens", "#E69F00", [r for r in rows if r["step"] <= causal_steps]),
+        ("training text, masked tokens", "#999999", [r for r in rows if r["step"] > causal_steps]),
+    ):
+        axes.plot([r["step"] for r in part], [r["loss"] for r in part], color=color, lw=1, label=label)
     axes.plot(
-        [r["step"] for r in curve], [r["loss"] for r in curve], "o-", color="#0072B2", ms=4, label="held-out docs"
+        [r["step"] for r in curve],
+        [r["loss"] for r in curve],
+        "o",
+        color="#0072B2",
+        ms=4,
+        label="held-out docs, masked tokens",
     )
-    for name, label in (("uniform", "ln V"), ("unigram", "unigram entropy (held-out docs)")):
+    for name, label in (("uniform", "ln V"), ("unigram", "unigram entropy, held-out docs")):
         axes.axhline(curve[-1][name], color="black", lw=0.7, ls="--")
-        axes.annotate(
-            label, (0.99, curve[-1][name]), xycoords=("axes fraction", "data"), ha="right", va="bottom", size=7
-        )
-    axes.set(xscale="symlog", xlabel="step", ylabel="MLM loss (nats per masked token)", xlim=(0, None))
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "size": 7}
+        axes.annotate(label, (0.99, curve[-1][name]), **place)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(2.5, None))
+    axes.legend(frameon=False, fontsize=7, loc=(0.44, 0.5))
     figure.savefig(out)
 
 
@@ -353,7 +361,8 @@ def card(run: dict, held_out: dict[str, float], books: dict[str, dict[str, float
 A small BERT for masked language modelling, pretrained for fisherscope so that everything it does can be tried offline
 on a model that has learned something. Not for any other use.
 
-- Shape: {shape["num_hidden_layers"]} layers x {shape["hidden_size"]}, {shape["num_attention_heads"]} heads, {shape["vocab_size"]} WordPieces, {shape["max_position_embeddings"]} positions; tied head; float16 safetensors.
+- Shape: {shape["num_hidden_layers"]} layers x {shape["hidden_size"]}, {shape["num_attention_heads"]} heads,
+  {shape["vocab_size"]} WordPieces, {shape["max_position_embeddings"]} positions; tied head; float16 safetensors.
 - Text: the training part of `builtin:docs` (documentation inside the standard library of Python {run["python"]},
   fingerprint `{run["docs_fingerprint"]}`), {run["text_tokens"][0]:,} tokens, and public-domain books, {books_tokens}
   tokens; windows drawn from the two with shares {run["shares"][0]:.0%} and {1 - run["shares"][0]:.0%}.
