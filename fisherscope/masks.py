@@ -115,7 +115,7 @@ class Mask(Mapping[str, Tensor]):
         origin = self.provenance.get("model", {})
         prefix = origin.get("prefix", backbone_prefix(model))
         if difference := find_difference(self.tensors, prefix, model):
-            raise MaskMismatch(f"The mask was made for another model: {difference}.")
+            raise MaskMismatch(f"The mask does not fit this model: {difference}.")
         if "backbone_fingerprint" in origin and origin["backbone_fingerprint"] != weights_fingerprint(
             model, backbone_only=True
         ):

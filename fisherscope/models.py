@@ -87,6 +87,8 @@ def load_model(
             new[0],
             seed,
         )
+    if torch.device(device or "cpu").type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"The device {device} was asked for, but torch finds no CUDA here; leave out the device.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.eval().to(device)
     revision = getattr(config, "_commit_hash", None) or revision
@@ -142,8 +144,10 @@ def _head_size(config: Any, objective: str, num_labels: int | None, name: str) -
 
 
 def _resolve(name: str) -> str:
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise FileNotFoundError(f"Cannot load the model {name!r}: there is no such folder.")
     if not name.startswith("builtin:"):
-        return name
+        return str(Path(name).expanduser()) if name.startswith("~") else name
     folder = Path(str(resources.files("fisherscope.builtin"))) / name.removeprefix("builtin:")
     if not (folder / "config.json").is_file():
         known = sorted(p.parent.name for p in folder.parent.glob("*/config.json"))
@@ -194,7 +198,7 @@ def saved_classes(name: str | Path, *, revision: str | None = None) -> tuple[str
         config = AutoConfig.from_pretrained(_resolve(str(name)), revision=revision)
     if _objective_of_class((config.architectures or [""])[0], config) != "classification":
         return ()
-    return tuple(str(config.id2label[i]) for i in range(config.num_labels))
+    return tuple(str(name) for _, name in sorted((config.id2label or {}).items()))
 
 
 @contextlib.contextmanager

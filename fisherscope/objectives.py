@@ -71,7 +71,7 @@ def example_losses(model: nn.Module, batch: Batch, objective: str | LossFunction
     if objective == "causal-lm":
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     if objective == "seq2seq-lm" and "decoder_input_ids" not in batch:
-        batch["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels=labels)  # pyright: ignore
+        batch["decoder_input_ids"] = _shifted_right(model, labels)
     return _token_losses(model, batch, labels)
 
 
@@ -127,6 +127,11 @@ def _label_losses(logits: Tensor, labels: Tensor, objective: str) -> ExampleLoss
         return ExampleLosses(
             (logits[:, 0] - labels.to(logits.dtype)).square(), torch.ones_like(labels, dtype=torch.long)
         )
+    if bool((labels >= logits.shape[1]).any()):
+        raise ValueError(
+            f"Class labels must be below {logits.shape[1]}, the number of outputs of the head, but one is "
+            f"{int(labels.max())}."
+        )
     losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
     return ExampleLosses(losses, (labels != IGNORED).long())
 
@@ -145,6 +150,20 @@ def _token_losses(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -
         logits.flatten(0, 1), labels.gather(1, positions).flatten(), ignore_index=IGNORED, reduction="none"
     )
     return ExampleLosses(losses.view_as(positions).sum(1), count)
+
+
+def _shifted_right(model: nn.Module, labels: Tensor) -> Tensor:
+    """What the decoder reads: the target one position later, after the start token."""
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        return prepare(labels=labels)
+    start = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
+    if start is None:
+        raise ValueError(
+            f"{type(model).__name__} does not say how its decoder starts; add 'decoder_input_ids' to the batches."
+        )
+    shifted = F.pad(labels[:, :-1], (1, 0), value=start)
+    return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id or 0)  # pyright: ignore
 
 
 def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -78,9 +78,16 @@ def atomic(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def digest(*values: bytes | str) -> str:
@@ -134,7 +141,7 @@ def _open_any_hdf5(path: Path) -> Iterator["h5py.File"]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     if not h5py.is_hdf5(path):
-        raise WrongFile(f"{path} should be an HDF5 file, but it is not, or was cut short; make it again.")
+        raise WrongFile(f"{path} is no HDF5 file, as scores and landscapes are, or was cut short; make it again.")
     try:
         with h5py.File(path, "r") as file:
             yield file

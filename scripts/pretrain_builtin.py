@@ -337,7 +337,7 @@ def draw_curve(log: Path, curve: list[dict[str, float]], causal_steps: int, out:
         place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "size": 7}
         axes.annotate(label, (0.99, curve[-1][name]), **place)
     axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(2.5, None))
-    axes.legend(frameon=False, fontsize=7, loc=(0.44, 0.5))
+    axes.legend(frameon=False, fontsize=7, loc=(0.5, 0.64))
     figure.savefig(out)
 
 

@@ -298,3 +298,78 @@ def _contents(path: Path) -> dict[str, object]:
         visit("", file)
         file.visititems(visit)
     return found
+
+
+def test_classes_are_numbered_as_the_checkpoint_numbers_them(folder: Path, tmp_path: Path) -> None:
+    """The data's classes sort as no, yes; the head's are yes, no."""
+    from transformers import BertForSequenceClassification
+
+    config = BertConfig.from_pretrained(folder / "model", num_labels=2, id2label={0: "YES", 1: "NO"})
+    torch.manual_seed(1)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / file).write_bytes((folder / "model" / file).read_bytes())
+    rows = (folder / "pairs.tsv").read_text().splitlines()
+    numbered = [rows[0], *(r.replace("\tyes", "\t0").replace("\tno", "\t1") for r in rows[1:])]
+    (tmp_path / "numbered.tsv").write_text("\n".join(numbered))
+    scores = []
+    for data, out in ((folder / "pairs.tsv", "named.h5"), (tmp_path / "numbered.tsv", "numbered.h5")):
+        assert (
+            run("fisher", "--model", tmp_path / "model", "--data", data, "--device", "cpu", "--out", tmp_path / out)
+            == 0
+        )
+        scores.append(fs.FisherScores.load(tmp_path / out))
+    for name in scores[0]:
+        assert torch.equal(scores[0][name], scores[1][name]), name
+
+
+def test_classes_that_the_checkpoint_does_not_know_are_refused() -> None:
+    from fisherscope.data.sources import with_class_order
+
+    source = fs.Source("data.tsv", [("a",), ("b",)], [0, 1], ("maybe", "no"), "0")
+    with pytest.raises(
+        ValueError, match=r"^data\.tsv has the classes maybe, no, but the model's head has yes, no: 'maybe'"
+    ):
+        with_class_order(source, ("yes", "no"))
+    assert with_class_order(source, ("LABEL_0", "LABEL_1")) is source
+    assert with_class_order(source, ("no", "maybe")).labels == [1, 0]
+
+
+def test_unfinished_work_is_not_deleted_silently(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, part = tmp_path / "scores.h5", tmp_path / "scores.h5.part"
+    part.write_bytes(b"hours of work")
+    message = refused(capsys, "fisher", *flags, "--out", out)
+    assert message.endswith("holds unfinished work; give --resume to go on, or --overwrite to start afresh.")
+    assert part.read_bytes() == b"hours of work"
+    assert run("fisher", *flags, "--out", out, "--overwrite") == 0
+
+
+def test_config_problems_name_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    assert "There is no config file" in refused(capsys, "mask", "scores.h5", f"--config={config}")
+    config.write_text("fraction: 0.5\nfoo: 1\n")
+    with pytest.raises(SystemExit):
+        main(["mask", "scores.h5", "--config", str(config)])
+    assert "config.yaml sets 'foo', which is no flag of this command" in capsys.readouterr().err
+    config.write_text("a: [1")
+    assert "must be YAML" in refused(capsys, "mask", "scores.h5", "--config", config)
+
+
+def test_config_lists_do_not_swallow_the_file(flags: list[str], tmp_path: Path) -> None:
+    run("fisher", *flags, "--num-examples", "4", "--out", tmp_path / "scores.h5")
+    (tmp_path / "m.yaml").write_text("exclude: ['*bias']\nfraction: 0.5\n")
+    words = ["mask", tmp_path / "scores.h5", f"--config={tmp_path / 'm.yaml'}", "--out", tmp_path / "m.safetensors"]
+    assert run(*words) == 0
+    assert not any(
+        bool(t.any()) for name, t in fs.Mask.load(tmp_path / "m.safetensors").items() if name.endswith("bias")
+    )
+
+
+def test_files_can_be_read_by_others(flags: list[str], tmp_path: Path) -> None:
+    run("fisher", *flags, "--num-examples", "4", "--out", tmp_path / "scores.h5")
+    run("mask", tmp_path / "scores.h5", "--fraction", "0.5", "--out", tmp_path / "m.safetensors")
+    (tmp_path / "plain").touch()
+    expected = (tmp_path / "plain").stat().st_mode
+    assert {(tmp_path / name).stat().st_mode for name in ("scores.h5", "m.safetensors")} == {expected}

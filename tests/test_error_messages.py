@@ -98,7 +98,7 @@ def test_file_that_is_not_there(noun: tuple):
 def test_file_that_is_not_hdf5(noun: tuple):
     load, _, path = noun
     path.write_text("loss,step\n")
-    sentence = f"{path} should be an HDF5 file, but it is not, or was cut short; make it again."
+    sentence = f"{path} is no HDF5 file, as scores and landscapes are, or was cut short; make it again."
     refused(storage.WrongFile, sentence, load, path)
 
 
@@ -156,7 +156,7 @@ def test_format_of_an_unknown_file(tmp_path: Path):
     path = tmp_path / "notes.txt"
     refused(FileNotFoundError, f"There is no file {path}.", storage.file_format, path)
     path.write_text("hello")
-    sentence = f"{path} should be an HDF5 file, but it is not, or was cut short; make it again."
+    sentence = f"{path} is no HDF5 file, as scores and landscapes are, or was cut short; make it again."
     refused(storage.WrongFile, sentence, storage.file_format, path)
     with h5py.File(path, "w") as file:
         file["x"] = 1
@@ -383,7 +383,7 @@ def test_masks_of_different_models():
 def test_mask_of_another_model(bert: Case, gpt2: Case):
     mask = random_fraction(gpt2.model, 0.5, seed=0)
     sentence = (
-        "The mask was made for another model: it has nothing for the model's parameter "
+        "The mask does not fit this model: it has nothing for the model's parameter "
         "'embeddings.word_embeddings.weight'."
     )
     refused(MaskMismatch, sentence, mask.for_model, bert.model)

@@ -702,3 +702,11 @@ def test_killed_run_resumes_to_the_same_file(bert: Case, tmp_path: Path):
     fisher(bert.model, batches, checkpoint=part).save(tmp_path / "resumed.h5")
     fisher(bert.model, batches).save(tmp_path / "whole.h5")
     assert contents(tmp_path / "resumed.h5") == contents(tmp_path / "whole.h5")
+
+
+@pytest.mark.usefixtures("always_saving")
+def test_checkpoint_of_more_batches_than_there_are_is_refused(bert: Case, tmp_path: Path):
+    batches, part = batched(bert.examples, 2), tmp_path / "scores.h5.part"
+    fisher(bert.model, batches, checkpoint=part)
+    with pytest.raises(ValueError, match="was begun with other data"):
+        fisher(bert.model, batches[:1], checkpoint=part)

@@ -367,7 +367,7 @@ def test_mask_of_another_model_is_refused_naming_the_first_difference(settings: 
     mask = top_fraction(scored(bert), 0.3)
     with pytest.raises(MaskMismatch) as error:
         mask.for_model(built("bert-classifier", **settings))
-    assert str(error.value) == f"The mask was made for another model: {difference}."
+    assert str(error.value) == f"The mask does not fit this model: {difference}."
 
 
 def test_mask_of_another_family_is_refused(bert: Case, gpt2: Case):

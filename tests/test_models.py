@@ -189,3 +189,20 @@ def test_measuring_turns_training_and_cache_off_and_restores_them(name: str):
         assert not getattr(model.config, "use_cache", False)
         model.requires_grad_(False)
     assert getattr(model.config, "use_cache", None) == cache
+
+
+def test_objective_of_a_class_in_several_tables():
+    """Some encoder-decoders are also listed as masked language models."""
+    from fisherscope.models import _objective_of_class
+
+    assert _objective_of_class("BartForConditionalGeneration", None) == "seq2seq-lm"
+    assert _objective_of_class("T5ForConditionalGeneration", None) == "seq2seq-lm"
+    assert _objective_of_class("BertForMaskedLM", None) == "mlm"
+    assert _objective_of_class("GPT2LMHeadModel", None) == "causal-lm"
+
+
+def test_padding_and_length_follow_the_tokenizer_and_the_model(tmp_path: Path):
+    checkpoint("gpt2", tmp_path)
+    model, tokenizer = load_model(tmp_path, objective="classification", num_labels=2, device="cpu")
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    assert tokenizer.model_max_length <= model.config.n_positions

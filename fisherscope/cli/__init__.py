@@ -34,12 +34,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
-        args = _parser(argv).parse_args(_with_config(argv))
+        args = _parse(argv)
         _set_up_logging()
         args.run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `fisherscope info FILE | head`
+        sys.stdout = None
+        return 0
     except KeyboardInterrupt:
-        resumable = argv and argv[0] in ("fisher", "landscape", "demo")
-        hint = "; the same command with --resume goes on where it stopped" if resumable else ""
+        resumable = argv[:1] in (["fisher"], ["landscape"], ["demo"])
+        hint = "; the same command with --resume goes on from what was saved" if resumable else ""
         print(f"fisherscope: interrupted{hint}.", file=sys.stderr)
         return 130
     except Exception as error:
@@ -52,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = _Parser(prog="fisherscope", description="Loss landscapes and Fisher information of language models.")
     parser.add_argument("--version", action="version", version=f"fisherscope {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
@@ -64,32 +68,51 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             allow_abbrev=False,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
-        if name in argv:  # the flags of the others are not needed
+        if argv[:1] == [name]:  # the flags of the others are not needed
             module: Any = importlib.import_module(f".{name}", __name__)
             module.add_flags(command)
             command.set_defaults(run=module.run)
-    return parser
+            positional = [word for word in argv[1:2] if not word.startswith("-")]  # before flags that take lists
+            argv = [name, *positional, *_config_flags(command, argv), *argv[1 + len(positional) :]]
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands.choices[argv[0]].error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
 
 
-def _with_config(argv: list[str]) -> list[str]:
-    """The arguments with those of ``--config FILE`` put first, so that the command line wins."""
-    if "--config" not in argv[:-1]:
-        return argv
-    import yaml
-
-    path = argv[argv.index("--config") + 1]
-    with open(path, encoding="utf-8") as file:
-        settings = yaml.safe_load(file) or {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} must hold one 'flag: value' per line, as in 'num-examples: 512'.")
+def _config_flags(command: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:
+    """The settings of ``--config FILE`` as flags, checked against those of the command."""
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--config")
+    path = before.parse_known_args(list(argv))[0].config
+    if path is None:
+        return []
+    known = {flag for action in command._actions for flag in action.option_strings}
     flags: list[str] = []
-    for key, value in settings.items():
+    for key, value in _read_settings(path).items():
         flag = f"--{str(key).replace('_', '-')}"
+        if flag not in known:
+            command.error(f"{path} sets {key!r}, which is no flag of this command")
         if value is True:
             flags.append(flag)
         elif value not in (False, None):
             flags += [flag, *map(str, value if isinstance(value, list) else [value])]
-    return [argv[0], *flags, *argv[1:]]
+    return flags
+
+
+def _read_settings(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            settings = yaml.safe_load(file) or {}
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no config file {path}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must be YAML with one 'flag: value' per line, as in 'num-examples: 512'.")
+    return settings
 
 
 def _set_up_logging() -> None:

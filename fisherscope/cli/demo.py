@@ -14,7 +14,7 @@ TITLES = ["all entries", "top 50 %", "bottom 50 %", "random 50 %"]
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Where to, and how fine."""
     parser.add_argument("--out", type=Path, required=True, help="folder for figures and files")
-    parser.add_argument("--points", type=int, default=15, help="grid points per axis of the surfaces")
+    parser.add_argument("--points", type=int, default=17, help="grid points per axis of the surfaces")
     parser.add_argument("--overwrite", action="store_true", help="replace what an earlier demo left in the folder")
     parser.add_argument("--resume", action="store_true", help="keep what an interrupted demo has finished")
     add_general_flags(parser)
@@ -37,7 +37,7 @@ def _commands(out: Path, points: int) -> list[list[str]]:
     """What the demo does, command by command."""
     scores, surfaces = str(out / "scores.h5"), [str(out / f"surface_{name}.h5") for name in ("all", *MASKS)]
     masks = {name: str(out / f"{name}50.safetensors") for name in MASKS}
-    scan = ["landscape", *MODEL_AND_DATA, "--num-examples", "48", "--points", str(points)]
+    scan = ["landscape", *MODEL_AND_DATA, "--num-examples", "48", "--points", str(points), "--span", "0.75"]
     figures = [
         ["plot", *surfaces, "--kind", kind, "--titles", *TITLES, "--out", str(out / f"{name}.{suffix}")]
         for kind, name in (("surface", "surfaces"), ("contour", "contours"))
@@ -93,8 +93,8 @@ Fisher scores and loss surfaces of `builtin:bert` on held-out text, `builtin:doc
 
 ![Four loss surfaces](surfaces.png)
 
-- Scores: {scores.num_examples} examples, {scores.num_entries:,} entries; {100 * scores.share_holding(0.5):.2g} %
-  of the entries hold half of the summed Fisher information.
+- Scores: {scores.num_examples} examples ({facts["skipped"]} more had no masked token), {scores.num_entries:,} entries;
+  {100 * scores.share_holding(0.5):.2g} % of the entries hold half of the summed Fisher information.
 - Loss of the model itself: **{surfaces[0].centre_loss:.4f}** nats per masked token (guessing uniformly: ln V =
   {references["uniform"]:.4f}; entropy of the masked tokens: {references["unigram"]:.4f}).
 

@@ -6,6 +6,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -138,15 +139,7 @@ def scan(
                 bar.update()
             if log and missing:
                 log.flush()
-    return Landscape(
-        landscape.axes,
-        loss,
-        evaluated,
-        landscape.objective,
-        landscape.references,
-        landscape.title,
-        landscape.provenance,
-    )
+    return replace(landscape, loss=loss, evaluated=evaluated)
 
 
 class _Evaluator:

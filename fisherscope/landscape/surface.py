@@ -149,10 +149,10 @@ def _own(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 class Journal:
-    """A landscape being written: ``path`` holds everything measured so far, flushed row by row."""
+    """A landscape being written, flushed row by row."""
 
-    def __init__(self, path: Path, file: h5py.File) -> None:
-        self.path, self._file = path, file
+    def __init__(self, file: h5py.File) -> None:
+        self._file = file
 
     def record(self, index: tuple[int, ...], loss: float) -> None:
         """Write one point."""
@@ -183,7 +183,7 @@ def journal(path: Path, empty: Landscape) -> Iterator[Journal]:
     else:
         empty.save(path)
     with h5py.File(path, "r+") as file:
-        yield Journal(path, file)
+        yield Journal(file)
 
 
 def _check_same_scan(path: Path, before: Landscape, now: Landscape) -> None:
