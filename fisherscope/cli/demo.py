@@ -37,7 +37,7 @@ def _commands(out: Path, points: int) -> list[list[str]]:
     """What the demo does, command by command."""
     scores, surfaces = str(out / "scores.h5"), [str(out / f"surface_{name}.h5") for name in ("all", *MASKS)]
     masks = {name: str(out / f"{name}50.safetensors") for name in MASKS}
-    scan = ["landscape", *MODEL_AND_DATA, "--num-examples", "48", "--points", str(points), "--span", "0.75"]
+    scan = ["landscape", *MODEL_AND_DATA, "--num-examples", "48", "--points", str(points), "--span", "0.8"]
     figures = [
         ["plot", *surfaces, "--kind", kind, "--titles", *TITLES, "--out", str(out / f"{name}.{suffix}")]
         for kind, name in (("surface", "surfaces"), ("contour", "contours"))

@@ -221,6 +221,10 @@ def _draw_level(axes: Axes, panel: Panel, reference: Reference) -> None:
     lines = axes.contour(*panel.steps, panel.losses.T, [reference.value], colors="black", linewidths=0.8)
     lines.set_path_effects(outline())
     texts = list(axes.clabel(lines, fmt=reference.short, fontsize=BODY))
+    reach = [0.85 * steps[-1] for steps in panel.steps]
+    inside = [t for t in texts if all(abs(p) < r for p, r in zip(t.get_position(), reach, strict=True))]
+    for text in texts:  # a name across the frame would be cut off
+        text.set_visible(text in inside or not inside)
     if not texts:
         points = np.asarray(lines.get_paths()[0].vertices)
         x, y = points[np.hypot(*points.T).argmin()]
