@@ -367,6 +367,14 @@ def test_config_lists_do_not_swallow_the_file(flags: list[str], tmp_path: Path) 
     )
 
 
+def test_config_goes_with_several_files(flags: list[str], tmp_path: Path) -> None:
+    for name in ("a.h5", "b.h5"):
+        run("landscape", *flags, "--num-examples", "4", "--axes", "1", "--points", "3", "--out", tmp_path / name)
+    (tmp_path / "plot.yaml").write_text("titles: [one, two]\n")
+    files = [tmp_path / "a.h5", tmp_path / "b.h5"]
+    assert run("plot", *files, "--config", tmp_path / "plot.yaml", "--out", tmp_path / "curves.png") == 0
+
+
 def test_files_can_be_read_by_others(flags: list[str], tmp_path: Path) -> None:
     run("fisher", *flags, "--num-examples", "4", "--out", tmp_path / "scores.h5")
     run("mask", tmp_path / "scores.h5", "--fraction", "0.5", "--out", tmp_path / "m.safetensors")

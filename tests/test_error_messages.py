@@ -296,7 +296,7 @@ def test_checkpoint_of_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     same = {"objective": squares, "checkpoint": part}
     runs = {
         "data fingerprint (abc there, def now)": (model, Stopping(batches, fingerprint="def"), same),
-        "engine (auto there, loop now)": (model, Stopping(batches, fingerprint="abc"), {**same, "engine": "loop"}),
+        "engine (hooks there, loop now)": (model, Stopping(batches, fingerprint="abc"), {**same, "engine": "loop"}),
         "model fingerprint (": (nn.Linear(3, 2), Stopping(batches, fingerprint="abc"), same),
     }
     for key, (other, data, options) in runs.items():

@@ -5,6 +5,7 @@ Nothing here imports torch before a command runs, so that ``fisherscope --help``
 
 import argparse
 import importlib
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -72,7 +73,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             module: Any = importlib.import_module(f".{name}", __name__)
             module.add_flags(command)
             command.set_defaults(run=module.run)
-            positional = [word for word in argv[1:2] if not word.startswith("-")]  # before flags that take lists
+            positional = list(itertools.takewhile(lambda w: not w.startswith("-"), argv[1:]))  # some flags take lists
             argv = [name, *positional, *_config_flags(command, argv), *argv[1 + len(positional) :]]
     args, unknown = parser.parse_known_args(argv)
     if unknown:

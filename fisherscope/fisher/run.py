@@ -80,6 +80,7 @@ def estimate_fisher(
     ):
         if value not in known:
             raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}.")
+    engine = "loop" if engine == "loop" else "hooks"
     facts = _facts(model, batches, objective, reduction, engine)
     state = _State.start(scored) if checkpoint is None else _State.resume(Path(checkpoint), scored, facts)
     add = (loop_engine if engine == "loop" else hooks_engine)(model, objective, reduction)
