@@ -164,6 +164,21 @@ def check_header(path: Path, format_name: str, found: object, version: object) -
         )
 
 
+def origin(path: str | Path) -> str:
+    """What one of our HDF5 files was made from, and when, in a few words.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        WrongFile: If it is none of ours.
+    """
+    with _open_any_hdf5(Path(path)) as file:
+        try:
+            facts = json.loads(attributes(file)["provenance"])
+            return f"{facts['model']['name']} on {facts['data']['source']}, {facts['time'][:10]}"
+        except (KeyError, TypeError, ValueError) as error:
+            raise WrongFile(f"{path} is not a file of fisherscope; give another --out.") from error
+
+
 def file_format(path: str | Path) -> str:
     """Which of our formats a file holds, by its header: ``"fisherscope.scores"``, ``".mask"`` or ``".landscape"``.
 

@@ -132,7 +132,9 @@ def test_existing_output_is_never_replaced_silently(
     assert run(*words) == 0
     before = out.read_bytes()
     assert refused(capsys, *words).endswith("give --overwrite to replace it, or another --out.")
+    capsys.readouterr()
     assert run(*words, "--resume") == 0
+    assert "is complete (model on text.txt, 20" in capsys.readouterr().out
     assert out.read_bytes() == before
     assert run(*words, "--overwrite", "--seed", "1") == 0
     assert out.read_bytes() != before

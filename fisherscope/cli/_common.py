@@ -59,7 +59,7 @@ def output_is_complete(args: argparse.Namespace) -> bool:
     part = storage.part_path(args.out)
     resume = getattr(args, "resume", False)
     if args.out.exists() and resume and not args.overwrite:
-        print(f"{args.out} is complete; nothing to resume.")
+        print(f"{args.out} is complete ({storage.origin(args.out)}); nothing to resume.")
         return True
     if args.out.exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; give --overwrite to replace it, or another --out.")
