@@ -105,7 +105,8 @@ class FisherScores(Mapping[str, Tensor]):
     def save(self, path: str | Path) -> None:
         """Write an HDF5 file, complete or not at all."""
         with storage.atomic(path) as temporary:
-            write(temporary, self.tensors, {"num_examples": self.num_examples}, self)
+            attributes = {key: getattr(self, key) for key in ("estimator", "unit", "reduction", "num_examples")}
+            write(temporary, self.tensors, attributes, self.provenance)
 
     @staticmethod
     def load(path: str | Path) -> "FisherScores":
@@ -143,14 +144,11 @@ def by_layer(scores: FisherScores, *, include_new: bool = False) -> dict[str, fl
 
 
 def write(
-    path: Path, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], kind: "FisherScores | Mapping[str, Any]"
+    path: Path, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], provenance: storage.Provenance
 ) -> None:
     """Write the file of complete scores, or of sums in progress (attribute ``progress``)."""
-    facts = vars(kind) if isinstance(kind, FisherScores) else kind
     with h5py.File(path, "w") as file:
-        storage.write_header(file, FORMAT, facts["provenance"])
-        for name in ("estimator", "unit", "reduction"):
-            file.attrs[name] = facts[name]
+        storage.write_header(file, FORMAT, provenance)
         for name, value in attributes.items():
             file.attrs[name] = value
         group = file.create_group("scores", track_order=True)

@@ -61,7 +61,8 @@ def estimate_fisher(
             that nothing is lost before the scores are saved; delete it then.
 
     Returns:
-        Scores in the parameters' shapes, float32 (float64 for a float64 model), squared nats per squared unit.
+        Scores in the parameters' shapes, on the CPU, float32 (float64 for a float64 model), squared nats per squared
+        unit.
         Examples with no scored token are skipped; ``provenance["skipped"]`` counts them.
 
     Raises:
@@ -94,7 +95,7 @@ def estimate_fisher(
         logger.warning("%d of %d examples have no scored token and were skipped.", state.seen - state.used, state.seen)
     facts["provenance"]["data"]["fingerprint"] = facts["provenance"]["data"]["fingerprint"] or state.digest
     provenance = storage.provenance(**facts["provenance"], skipped=state.seen - state.used)
-    scores = {name: total / state.used for name, total in state.sums.items()}
+    scores = {name: (total / state.used).cpu() for name, total in state.sums.items()}
     return FisherScores(scores, state.used, facts["estimator"], facts["unit"], reduction, provenance)
 
 
@@ -152,7 +153,8 @@ class _State:
     def save(self, path: Path, facts: Mapping[str, Any]) -> None:
         counts = {"num_examples": self.used, "progress": [self.batches, self.seen, self.used], "digest": self.digest}
         with storage.atomic(path) as temporary:
-            write(temporary, self.sums, counts, {**facts, "provenance": storage.provenance(**facts["provenance"])})
+            attributes = {key: facts[key] for key in ("estimator", "unit", "reduction")} | counts
+            write(temporary, self.sums, attributes, storage.provenance(**facts["provenance"]))
 
 
 def _facts(
