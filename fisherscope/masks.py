@@ -341,11 +341,9 @@ def _select(
 
 def _unit_means(scores: Tensor, granularity: str, axis: int) -> Tensor:
     """Scores of the units, in a shape that broadcasts to the parameter."""
-    if granularity == "entry":
-        return scores
-    others = [a for a in range(scores.ndim) if granularity == "parameter" or a != axis]
-    _unit_shape(scores, granularity, axis)
-    return scores.mean(others, keepdim=True, dtype=torch.float64) if others else scores
+    shape = _unit_shape(scores, granularity, axis)
+    joined = [a for a, size in enumerate(shape) if size != scores.shape[a]]
+    return scores.mean(joined, keepdim=True, dtype=torch.float64) if joined else scores
 
 
 def _unit_shape(like: Tensor, granularity: str, axis: int) -> tuple[int, ...]:
