@@ -9,17 +9,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import plots
+    from . import plots, testing
+    from .comparison import compare
     from .data import Batches, Source, load_batches, read_source
     from .fisher import estimate_fisher
     from .landscape import Axis, Landscape, random_directions, scan_landscape
     from .masks import Mask, MaskMismatch, bottom_fraction, random_fraction, top_fraction
     from .models import load_model
     from .objectives import example_losses
-    from .scores import FisherScores
+    from .scores import FisherScores, summarize
 
 _HOME = {
     "plots": "",
+    "testing": "",
+    "compare": ".comparison",
     "Batches": ".data",
     "Source": ".data",
     "load_batches": ".data",
@@ -37,6 +40,7 @@ _HOME = {
     "load_model": ".models",
     "example_losses": ".objectives",
     "FisherScores": ".scores",
+    "summarize": ".scores",
 }
 
 __all__ = ["__version__", *_HOME]

@@ -163,6 +163,8 @@ class Mask(Mapping[str, Tensor]):
             raise storage.WrongFile(f"{path} has a damaged header; make it again.") from error
         if wrong := next((name for name, tensor in tensors.items() if tensor.dtype != torch.bool), None):
             raise storage.WrongFile(f"{path} has {tensors[wrong].dtype} values under '{wrong}', but masks are boolean.")
+        if any(bool((tensor.view(torch.uint8) > 1).any()) for tensor in tensors.values()):  # not checked by safetensors
+            raise storage.WrongFile(f"{path} is damaged: a mask holds 0 and 1 only; make it again.")
         return Mask(tensors, provenance)
 
 

@@ -5,6 +5,7 @@ is the only module that knows how Hugging Face lays models out; nothing here dep
 """
 
 import contextlib
+import functools
 import logging
 import re
 import weakref
@@ -227,7 +228,8 @@ def infer_objective(model: nn.Module) -> str:
     Raises:
         ValueError: If the class of the model is no known head.
     """
-    objective = _objective_of_class(type(model).__name__, getattr(model, "config", None))
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
+    objective = _objective_of_class(type(inner).__name__, getattr(model, "config", None))  # of PEFT: what it wraps
     if objective is None:
         raise ValueError(
             f"Cannot tell the objective of a {type(model).__name__}; give one of {', '.join(OBJECTIVES)}, "
@@ -239,17 +241,54 @@ def infer_objective(model: nn.Module) -> str:
 def _objective_of_class(class_name: str, config: Any) -> str | None:
     from transformers.models.auto import modeling_auto as auto
 
-    if class_name in auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+    labelled = (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
+    if any(class_name in table.values() for table in labelled):
         return "regression" if config.num_labels == 1 else "classification"
     tables = {
         "seq2seq-lm": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         "mlm": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         "causal-lm": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "token-classification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        "question-answering": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
     }
     for objective, table in tables.items():  # in this order: each table also lists models of the ones before
         if class_name in table.values():
             return objective
     return None
+
+
+def check_head(model: nn.Module, objective: object) -> None:
+    """Refuse an objective that the head of a known class was not made for.
+
+    Raises:
+        ValueError: If the class of the model is a known head for other objectives.
+    """
+    possible = _objectives_of_class(type(model).__name__)
+    if possible and objective in _KNOWN_HEADS and objective not in possible:
+        raise ValueError(
+            f"A {type(model).__name__} has a head for {' or '.join(possible)}, but the objective is {objective}; load "
+            "the model with this objective."
+        )
+
+
+_KNOWN_HEADS = (*OBJECTIVES, "token-classification", "question-answering")
+
+
+@functools.cache
+def _objectives_of_class(class_name: str) -> tuple[str, ...]:
+    from transformers.models.auto import modeling_auto as auto
+
+    tables = {
+        "mlm": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        "causal-lm": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "seq2seq-lm": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "classification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+        | auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        "token-classification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+        "question-answering": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    }
+    found = tuple(objective for objective, table in tables.items() if class_name in table.values())
+    return (*found, "regression") if "classification" in found else found
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Fisher scores: one non-negative number per entry of a model, and how they were made."""
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,11 +14,12 @@ from torch import Tensor
 from . import storage
 from ._typing import Float
 from .models import layer_of
+from .stability import Quarters
 
 FORMAT = "fisherscope.scores"
 
-Estimator = Literal["empirical"]
-Unit = Literal["sequence"]
+Estimator = Literal["empirical", "sampled", "exact", "squared-batch-mean", "absolute-gradient"]
+Unit = Literal["sequence", "token"]
 Reduction = Literal["mean", "sum"]
 
 
@@ -32,14 +33,18 @@ class FisherScores(Mapping[str, Tensor]):
     Attributes:
         tensors: Parameter name to scores in the parameter's own shape, in squared nats per squared unit of the
             parameter; float32, or float64 for a float64 model. Tied parameters appear once, under their first name.
-        num_examples: :math:`N`, the number of examples averaged over.
-        estimator: ``"empirical"`` takes :math:`y_n` from the data.
-        unit: ``"sequence"``: every example is one term of the sum.
+        num_examples: :math:`N`, the number of terms averaged over: examples, or scored tokens for the unit ``"token"``.
+        estimator: ``"empirical"`` takes :math:`y_n` from the data; the others are described in
+            :class:`fisherscope.fisher.Estimand`.
+        unit: ``"sequence"``: every example is one term of the sum; ``"token"``: every scored token is.
         reduction: How the scored tokens of an example make up :math:`\ell_n`: their ``"mean"`` or their ``"sum"``.
         provenance: Where the scores came from.
+        first_half: Parameter name to the share, 0 to 1 as float16, of each entry's summed squares that comes from the
+            first half of the examples (every other batch); None if the run did not keep halves apart.
+        quarters: Sums kept apart at sampled entries, for :meth:`stability`; None if the run kept none.
 
     Raises:
-        ValueError: If a score is negative or not finite, or nothing was averaged.
+        ValueError: If a score is negative or not finite, nothing was averaged, or the halves do not fit the scores.
     """
 
     tensors: Mapping[str, Float[Tensor, "..."]]
@@ -48,6 +53,8 @@ class FisherScores(Mapping[str, Tensor]):
     unit: Unit = "sequence"
     reduction: Reduction = "mean"
     provenance: storage.Provenance = field(default_factory=dict)
+    first_half: Mapping[str, Float[Tensor, "..."]] | None = None
+    quarters: Quarters | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be a mean of squares."""
@@ -60,6 +67,15 @@ class FisherScores(Mapping[str, Tensor]):
                     f"Fisher scores are finite and cannot be negative, but '{name}' has {wrong.numel()} entries "
                     f"that are not, the first {wrong[0].item():.3g}."
                 )
+        if self.first_half is not None:
+            self._check_first_half(self.first_half)
+
+    def _check_first_half(self, shares: Mapping[str, Tensor]) -> None:
+        if {name: share.shape for name, share in shares.items()} != {name: t.shape for name, t in self.items()}:
+            raise ValueError("The first half of Fisher scores has the same parameters and shapes as all of them.")
+        for name, share in shares.items():
+            if not bool(((share >= 0) & (share <= 1)).all()):
+                raise ValueError(f"The first half of Fisher scores is shares from 0 to 1, but '{name}' has others.")
 
     def __getitem__(self, name: str) -> Tensor:
         """The scores of one parameter."""
@@ -97,6 +113,44 @@ class FisherScores(Mapping[str, Tensor]):
             return float("nan")
         return (int(torch.searchsorted(held, share * held[-1])) + 1) / len(flat)
 
+    def stability(self, fraction: float) -> float:
+        """The expected overlap of the mask of the top ``fraction`` with that of a fresh draw of as many examples.
+
+        The overlap is the share of the selected entries that both select. It is measured between the masks of halves
+        and quarters of the examples and projected to all of them (:mod:`fisherscope.stability`); 1 is perfectly
+        stable, ``fraction`` is chance. The examples are taken to be in random order, or to be all there is of a kind.
+
+        Raises:
+            ValueError: If the run kept no quarters or had fewer than four batches, or the fraction selects nothing.
+        """
+        if self.quarters is None:
+            raise ValueError(
+                "The stability of a mask is estimated from parts of the examples, which these scores do not keep "
+                "apart; estimate them again with this version."
+            )
+        return self.quarters.expected_overlap(fraction)
+
+    def halves(self) -> "tuple[FisherScores, FisherScores]":
+        """The scores from either half of the examples, to half precision.
+
+        Raises:
+            ValueError: If the run did not keep halves apart, or only one of them has examples.
+        """
+        if self.first_half is None or self.quarters is None:
+            raise ValueError(
+                "These scores were estimated without keeping halves of the examples apart; estimate them again with "
+                "halves=True."
+            )
+        counts = self.quarters.examples_by_half
+        if min(counts) < 1:
+            raise ValueError("Two halves need two batches with scored examples; use a smaller batch size.")
+        first = {name: share.to(self[name].dtype) for name, share in self.first_half.items()}
+        return self._half(first, counts[0]), self._half({name: 1 - share for name, share in first.items()}, counts[1])
+
+    def _half(self, shares: Mapping[str, Tensor], count: int) -> "FisherScores":
+        tensors = {name: self[name] * share * (self.num_examples / count) for name, share in shares.items()}
+        return replace(self, tensors=tensors, num_examples=count, first_half=None, quarters=None)
+
     @property
     def new_parameters(self) -> list[str]:
         """Parameters that the checkpoint lacked and that were drawn at random."""
@@ -104,9 +158,10 @@ class FisherScores(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write an HDF5 file, complete or not at all."""
+        attributes = {key: getattr(self, key) for key in ("estimator", "unit", "reduction", "num_examples")}
+        groups = {"scores": self.tensors} | ({} if self.first_half is None else {"first_half": self.first_half})
         with storage.atomic(path) as temporary:
-            attributes = {key: getattr(self, key) for key in ("estimator", "unit", "reduction", "num_examples")}
-            write(temporary, self.tensors, attributes, self.provenance)
+            write(temporary, groups, self.quarters, attributes, self.provenance)
 
     @staticmethod
     def load(path: str | Path) -> "FisherScores":
@@ -125,9 +180,79 @@ class FisherScores(Mapping[str, Tensor]):
                 provenance = dict(json.loads(facts["provenance"]))
             except (KeyError, TypeError, ValueError) as error:
                 raise storage.WrongFile(f"{path} has damaged attributes; make it again.") from error
-            divisor = num_examples if "progress" in facts else 1
-            tensors = {name: tensor / divisor for name, tensor in read_tensors(file).items()}
-        return FisherScores(tensors, num_examples, **kind, provenance=provenance)
+            tensors, first_half = read_tensors(file), read_tensors(file, "first_half", "float16")
+            if "progress" in facts:
+                tensors, first_half = means([tensors, read_tensors(file, "second_half")], num_examples)
+            quarters = Quarters.read(file)
+        return FisherScores(
+            tensors, num_examples, **kind, provenance=provenance, first_half=first_half or None, quarters=quarters
+        )
+
+
+By = Literal["layer", "parameter"]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a layer or a parameter scores.
+
+    Attributes:
+        name: Of the layer (:func:`fisherscope.models.layer_of`) or parameter.
+        entries: How many scalars it has.
+        mean: Score of an entry.
+        max: Highest score of an entry.
+        sum: Of all its entries.
+        share: Of the sum over the model; NaN if that is 0.
+        first_half_mean: Mean score of an entry by the first half of the examples alone, None if halves were not kept;
+            with the next one, how far the mean can be trusted.
+        second_half_mean: By the other half.
+    """
+
+    name: str
+    entries: int
+    mean: float
+    max: float
+    sum: float
+    share: float
+    first_half_mean: float | None
+    second_half_mean: float | None
+
+
+def summarize(scores: FisherScores, by: By = "layer", *, include_new: bool = False) -> list[Summary]:
+    """Scores by layer or parameter, in the model's order.
+
+    Parameters that were drawn at random are left out unless ``include_new``.
+
+    Raises:
+        ValueError: If ``by`` is unknown.
+    """
+    if by not in ("layer", "parameter"):
+        raise ValueError(f"by must be 'layer' or 'parameter', got {by!r}.")
+    groups: dict[str, list[str]] = {}
+    for name in scores:
+        if include_new or name not in scores.new_parameters:
+            groups.setdefault(layer_of(name) if by == "layer" else name, []).append(name)
+    whole = sum(_sum(scores[name]) for names in groups.values() for name in names)
+    return [_summary(scores, group, names, whole) for group, names in groups.items()]
+
+
+def _summary(scores: FisherScores, group: str, names: Sequence[str], whole: float) -> Summary:
+    entries = sum(scores[name].numel() for name in names)
+    total = sum(_sum(scores[name]) for name in names)
+    highest = max((float(scores[name].max()) for name in names if scores[name].numel()), default=0.0)
+    halves: tuple[float | None, float | None] = (None, None)
+    if scores.first_half is not None and scores.quarters is not None:
+        first = sum(_sum(scores[name].double() * scores.first_half[name]) for name in names)
+        halves = tuple(  # pyright: ignore[reportAssignmentType]
+            part * scores.num_examples / count / entries if count and entries else None
+            for part, count in zip((first, total - first), scores.quarters.examples_by_half, strict=True)
+        )
+    mean, share = (total / size if size else float("nan") for size in (entries, whole))
+    return Summary(group, entries, mean, highest, total, share, *halves)
+
+
+def _sum(score: Tensor) -> float:
+    return float(score.sum(dtype=torch.float64))
 
 
 def by_layer(scores: FisherScores, *, include_new: bool = False) -> dict[str, float]:
@@ -135,40 +260,72 @@ def by_layer(scores: FisherScores, *, include_new: bool = False) -> dict[str, fl
 
     Parameters that were drawn at random are left out unless ``include_new``.
     """
-    totals: dict[str, tuple[float, int]] = {}
-    for name, score in scores.items():
-        if include_new or name not in scores.new_parameters:
-            total, count = totals.get(layer_of(name), (0.0, 0))
-            totals[layer_of(name)] = total + float(score.sum(dtype=torch.float64)), count + score.numel()
-    return {layer: total / count for layer, (total, count) in totals.items()}
+    return {row.name: row.mean for row in summarize(scores, "layer", include_new=include_new)}
+
+
+def means(
+    sums: Sequence[Mapping[str, Tensor]], num_examples: int
+) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
+    """Scores from sums of squares, and the share of the first where there are two sets; on the CPU.
+
+    A second set may be empty.
+    """
+    first, *others = (part for part in sums if part)
+    if not others:
+        return {name: (total / num_examples).cpu() for name, total in first.items()}, None
+    scores, shares = {}, {}
+    for name, part in first.items():
+        total = part + others[0][name]
+        shares[name] = torch.where(total > 0, part / total, 0).to(torch.float16).cpu()
+        scores[name] = (total / num_examples).cpu()
+    return scores, shares
 
 
 def write(
-    path: Path, tensors: Mapping[str, Tensor], attributes: Mapping[str, Any], provenance: storage.Provenance
+    path: Path,
+    groups: Mapping[str, Mapping[str, Tensor]],
+    quarters: Quarters | None,
+    attributes: Mapping[str, Any],
+    provenance: storage.Provenance,
 ) -> None:
-    """Write the file of complete scores, or of sums in progress (attribute ``progress``)."""
+    """Write the file of complete scores, or of sums in progress (attribute ``progress``).
+
+    Args:
+        path: Of the file.
+        groups: ``scores`` and ``first_half``, or in progress the sums of each half as ``scores`` and ``second_half``.
+        quarters: What :meth:`FisherScores.stability` needs.
+        attributes: Of the file.
+        provenance: Of the file.
+    """
     with h5py.File(path, "w") as file:
         storage.write_header(file, FORMAT, provenance)
         for name, value in attributes.items():
             file.attrs[name] = value
-        group = file.create_group("scores", track_order=True)
-        for name, tensor in tensors.items():
-            group.create_dataset(name, data=tensor.detach().cpu().numpy())
+        for key, tensors in groups.items():
+            group = file.create_group(key, track_order=True)
+            for name, tensor in tensors.items():
+                group.create_dataset(name, data=tensor.detach().cpu().numpy())
+        if quarters is not None:
+            quarters.write(file)
 
 
-def read_tensors(file: h5py.File) -> dict[str, Tensor]:
-    """The datasets of an open scores file, in the order they were written.
+def read_tensors(file: h5py.File, key: str = "scores", *dtypes: str) -> dict[str, Tensor]:
+    """The datasets of a group of an open scores file, in the order they were written.
+
+    Groups other than ``scores`` are optional: without one there are no datasets.
 
     Raises:
-        WrongFile: If one of them is no floating-point array.
+        WrongFile: If there are no scores, or one of the datasets is no floating-point array.
     """
-    group = file.get("scores")
+    group, dtypes = file.get(key), dtypes or ("float32", "float64")
+    if group is None and key != "scores":
+        return {}
     if not isinstance(group, h5py.Group):
-        raise storage.WrongFile(f"{file.filename} has no group 'scores'; make it again.")
+        raise storage.WrongFile(f"{file.filename} has no group '{key}'; make it again.")
     tensors = {}
     for name, dataset in group.items():
-        if not isinstance(dataset, h5py.Dataset) or dataset.dtype not in ("float32", "float64"):
+        if not isinstance(dataset, h5py.Dataset) or dataset.dtype not in dtypes:
             found = f"{dataset.dtype} values" if isinstance(dataset, h5py.Dataset) else "no data set"
-            raise storage.WrongFile(f"{file.filename} has {found} under '{name}', but scores are float32.")
+            raise storage.WrongFile(f"{file.filename} has {found} under '{name}', but {key} are {dtypes[0]}.")
         tensors[name] = torch.from_numpy(np.asarray(dataset))
     return tensors

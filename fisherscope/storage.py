@@ -116,8 +116,15 @@ def write_header(file: "h5py.File", format_name: str, provenance: Provenance) ->
 
 
 def attributes(item: Any) -> dict[str, Any]:
-    """The attributes of an open file or data set as plain values."""
-    return dict(item.attrs)
+    """The attributes of an open file or data set as plain values.
+
+    Raises:
+        WrongFile: If they cannot be read.
+    """
+    try:
+        return dict(item.attrs)
+    except (OSError, RuntimeError) as error:  # h5py raises either for damaged ones
+        raise WrongFile(f"{item.file.filename} is damaged and cannot be read; make it again.") from error
 
 
 @contextlib.contextmanager

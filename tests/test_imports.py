@@ -17,8 +17,8 @@ PACKAGE = Path(fisherscope.__file__).parent
 RANKS = (
     ("storage", "_typing", "_progress", "distributed"),
     ("builtin", "models", "data", "objectives"),
-    ("fisher", "scores", "masks"),
-    ("landscape", "finetune"),
+    ("fisher", "scores", "stability", "masks"),
+    ("landscape", "finetune", "comparison"),
     ("plots",),
     ("testing", "cli", "__main__"),
 )

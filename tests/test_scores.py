@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from fisherscope import storage
 from fisherscope.fisher import estimate_fisher
-from fisherscope.scores import FisherScores, by_layer
+from fisherscope.scores import FisherScores, by_layer, summarize
 
 NAMES = ("b.1.weight", "a.0.bias", "a.0.weight", "c")
 
@@ -170,6 +170,36 @@ def test_layers_in_the_order_of_the_model():
     assert by_layer(scores) == known
     assert by_layer(scores, include_new=True) == {**known, "classifier": 9.0}
     assert list(by_layer(scores)) == list(known)
+
+
+@pytest.mark.parametrize("by", ["layer", "parameter"])
+def test_summary_by_layer_and_parameter(by: str):
+    scores = made_scores(provenance={"model": {"new_parameters": ["c"]}})
+    groups = {name: [name] for name in NAMES[:3]} if by == "parameter" else {"b.1": NAMES[:1], "a.0": NAMES[1:3]}
+    values = {group: [float(v) for name in names for v in scores[name].flatten()] for group, names in groups.items()}
+    whole = sum(map(sum, values.values()))
+    for row, (group, inside) in zip(summarize(scores, by), values.items(), strict=True):
+        assert (row.name, row.entries, row.max) == (group, len(inside), max(inside))
+        assert row.sum == pytest.approx(sum(inside))
+        assert row.mean == pytest.approx(sum(inside) / len(inside))
+        assert row.share == pytest.approx(sum(inside) / whole)
+        assert row.first_half_mean is None and row.second_half_mean is None
+    assert summarize(scores, by, include_new=True)[-1].name == "c"
+
+
+def test_summary_has_the_means_of_both_halves():
+    made = case("bert", lengths=(3, 4, 5, 6, 7))
+    scores = estimate_fisher(made.model, batched(made.examples, 1), progress=False)
+    for row, *halves in zip(summarize(scores), *map(summarize, scores.halves()), strict=True):
+        assert row.first_half_mean == pytest.approx(halves[0].mean, rel=1e-3)
+        assert row.second_half_mean == pytest.approx(halves[1].mean, rel=1e-3)
+        assert row.first_half_mean != row.second_half_mean
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_summary_by_anything_else_is_refused():
+    with pytest.raises(ValueError, match="by must be 'layer' or 'parameter', got 'row'"):
+        summarize(made_scores(), "row")  # pyright: ignore[reportArgumentType]
 
 
 def strings(value: object) -> Iterator[str]:

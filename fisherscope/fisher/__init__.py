@@ -1,11 +1,13 @@
 """The Fisher engine: exact per-example squared gradients of every parameter.
 
-``engines.py`` holds the reference (one backward pass per example) and the fast engine (hooks on frozen weights),
-``rules.py`` the per-example products of each kind of module; ``probe.py`` watches which module uses which parameter,
-and ``plan.py`` decides what follows; ``run.py`` is the run itself: progress, checkpoints, resume.
+``engines.py`` holds the reference (one backward pass per example) and the fast engine. The fast engine follows
+parameters through torch functions (``operations.py``), finds by experiment where the examples are (``plan.py``,
+``layout.py``), forms per-example gradients operation by operation (``rules.py``) and adds up their squares
+(``contributions.py``, ``kernels.py``). ``estimand.py`` says what is estimated, ``run.py`` is the run itself.
 """
 
-from .engines import hooks_engine, loop_engine
+from .engines import hooks_engine, loop_engine, rules_used
+from .estimand import Estimand
 from .run import estimate_fisher
 
-__all__ = ["estimate_fisher", "hooks_engine", "loop_engine"]
+__all__ = ["Estimand", "estimate_fisher", "hooks_engine", "loop_engine", "rules_used"]

@@ -2,21 +2,29 @@
 
 :func:`loop_engine` is the definition, one backward pass per example. :func:`hooks_engine` gives the same numbers at
 about the price of one training step: it freezes the weights, so that autograd forms no weight gradient at all, and
-forms the per-example ones itself from each module's input and the gradient of its output.
+forms the per-example ones itself from each operation's inputs and the gradient of its output.
 """
 
+import logging
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from ..objectives import Batch, ExampleLosses, LossFunction, example_losses
-from .plan import Call, Plan, PlanOutdated, make_plan
-from .probe import ParameterUses
-from .rules import Contribution, accumulate
+from ..objectives import Batch, LossFunction, num_scored, predict
+from .contributions import Contribution, accumulate
+from .estimand import Estimand, check_finite
+from .operations import Follower, Operation, Slot, Source, on_gradient, outputs_of, with_output
+from .plan import COPIES, Plan, PlanOutdated, Step, backward, make_plan
+from .rules import SUMS, Use, contributions_of, pull_back, wide
+
+logger = logging.getLogger(__name__)
+
+MOST_PLANS = 4
+"""A model that does still other things goes to the loop for those batches."""
 
 
 @runtime_checkable
@@ -31,7 +39,7 @@ class Engine(Protocol):
             sums: Parameter name to sum of squares, changed in place; exactly these parameters are scored.
 
         Returns:
-            How many examples had something to score; the others add nothing.
+            How many terms of the mean the batch stands for: examples, or tokens, that had something to score.
 
         Raises:
             ValueError: If the loss of an example is not finite.
@@ -39,85 +47,199 @@ class Engine(Protocol):
         ...
 
 
-def loop_engine(model: nn.Module, objective: str | LossFunction, reduction: str = "mean") -> Engine:
+def loop_engine(model: nn.Module, objective: str | LossFunction, estimand: Estimand = Estimand()) -> Engine:  # noqa: B008
     r"""The reference: :math:`\sum_n (\partial \ell_n / \partial \theta)^2` by one backward pass per example."""
+    absolute = estimand.estimator == "absolute-gradient"
 
     def add(batch: Batch, sums: Mapping[str, Tensor]) -> int:
-        parameters = {name: p for name, p in model.named_parameters() if name in sums}
-        used = 0
+        parameters = _named(model, sums)
+        units = 0
+
+        def see(name: str, gradient: Tensor) -> None:
+            gradient = gradient.to(sums[name])
+            sums[name].add_(gradient.abs() if absolute else gradient.square())
+
         for n in range(_size(batch)):
-            losses = example_losses(model, {name: value[n : n + 1] for name, value in batch.items()}, objective)
-            if not losses.count.item():
-                continue
-            loss = _reduced(losses, reduction, first=n)
-            gradients = torch.autograd.grad(loss.sum(), list(parameters.values()), allow_unused=True)
-            for name, gradient in zip(parameters, gradients, strict=True):
-                if gradient is not None:  # autograd says that the loss does not depend on it
-                    sums[name].add_(gradient.to(sums[name].dtype).square())
-            used += 1
-        return used
+            example = {name: value[n : n + 1] for name, value in batch.items()}
+            predictions = predict(model, example, objective)
+            check_finite(predictions, first=n)
+            if own := estimand.num_units(predictions):
+                for loss in estimand.terms(predictions, example):
+                    backward(model, loss.sum(), parameters, see, retain_graph=True)
+            units += own
+        return units
 
     return add
 
 
-def hooks_engine(model: nn.Module, objective: str | LossFunction, reduction: str = "mean") -> Engine:
+def batch_mean_engine(model: nn.Module, objective: str | LossFunction, estimand: Estimand) -> Engine:
+    """The squared gradient of the mean loss of every batch; each batch is one term of the mean."""
+
+    def add(batch: Batch, sums: Mapping[str, Tensor]) -> int:
+        predictions = predict(model, batch, objective)
+        check_finite(predictions)
+        if not (units := estimand.num_units(predictions)):
+            return 0
+        (losses,) = estimand.terms(predictions, batch)
+        backward(
+            model, losses.sum() / units, _named(model, sums), lambda name, g: sums[name].add_(g.to(sums[name]).square())
+        )
+        return 1
+
+    return add
+
+
+def hooks_engine(model: nn.Module, objective: str | LossFunction, estimand: Estimand = Estimand()) -> Engine:  # noqa: B008
     """The fast engine: one forward and one backward pass per batch, exact for every parameter.
 
     A parameter that no rule can do exactly goes to :func:`loop_engine`, and one log line names it.
     """
-    plan: Plan | None = None
-    slow = loop_engine(model, objective, reduction)
-
-    def fast(batch: Batch, sums: Mapping[str, Tensor]) -> ExampleLosses:
-        nonlocal plan
-        plan = plan or make_plan(model, batch, objective, sums, known_slow=frozenset())
-        with suppress(PlanOutdated):
-            return _add_by_hooks(model, batch, objective, reduction, plan, sums)
-        plan = make_plan(model, batch, objective, sums, known_slow=plan.by_loop)
-        with suppress(PlanOutdated):
-            return _add_by_hooks(model, batch, objective, reduction, plan, sums)
-        plan = Plan({}, frozenset(sums), frozenset(), ())  # what it does depends on the number of examples
-        return _add_by_hooks(model, batch, objective, reduction, plan, sums)
-
-    def add(batch: Batch, sums: Mapping[str, Tensor]) -> int:
-        losses = fast(batch, sums)
-        if plan and plan.by_loop:
-            slow(batch, {name: sums[name] for name in plan.by_loop})
-        return int((losses.count > 0).sum())
-
-    return add
+    return _Hooks(model, objective, estimand)
 
 
-def _add_by_hooks(
-    model: nn.Module,
-    batch: Batch,
-    objective: str | LossFunction,
-    reduction: str,
-    plan: Plan,
-    sums: Mapping[str, Tensor],
-) -> ExampleLosses:
-    names = {id(p): name for name, p in model.named_parameters() if name in sums}
-    with _frozen(model), _Recorder(plan, sums, _size(batch)) as recorder:
-        with ParameterUses(names) as uses:
-            losses = example_losses(model, batch, objective)
-        recorder.check_uses(uses.counts)
-        recorder.backward(_reduced(losses, reduction).sum())
-    return losses
+def rules_used(model: nn.Module, batch: Batch, objective: str | LossFunction) -> dict[str, str]:
+    """By which rules the fast engine forms the gradient of every scored parameter; ``"loop"``: one example at a time.
+
+    A parameter that the loss does not depend on has ``"none"``.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    engine = _Hooks(model, objective, Estimand())
+    engine(batch, {name: torch.zeros_like(p, dtype=wide(p).dtype) for name, p in parameters.items()})
+    slow = engine.plans[0].by_loop if engine.plans else frozenset()
+    return {n: "loop" if n in slow else " + ".join(sorted(engine.rules[n])) or "none" for n in parameters}
+
+
+class _Hooks:
+    """The fast engine and its plans: a model may do one thing with padded batches and another with full ones."""
+
+    def __init__(self, model: nn.Module, objective: str | LossFunction, estimand: Estimand) -> None:
+        self.model, self.objective, self.estimand = model, objective, estimand
+        self.loop = loop_engine(model, objective, estimand)
+        self.plans: list[Plan] = []  # the one used last comes first
+        self.rules: defaultdict[str, set[str]] = defaultdict(set)
+
+    def __call__(self, batch: Batch, sums: Mapping[str, Tensor]) -> int:
+        scored = num_scored(batch, self.objective)
+        if not bool(scored.any()):
+            return 0
+        plan, units = self._fast(batch, scored, sums)
+        if plan.by_loop:
+            self.loop(batch, {name: sums[name] for name in plan.by_loop})
+        return units
+
+    def _fast(self, batch: Batch, scored: Tensor, sums: Mapping[str, Tensor]) -> tuple[Plan, int]:
+        for plan in self._candidates(batch, scored, sums):
+            with suppress(PlanOutdated):
+                units = self._add(batch, sums, plan)
+                self.plans = [plan, *(p for p in self.plans if p is not plan)]
+                return plan, units
+        plan = Plan((), frozenset(sums))  # what the model does depends on more than the first examples show
+        return plan, self._add(batch, sums, plan)
+
+    def _candidates(self, batch: Batch, scored: Tensor, sums: Mapping[str, Tensor]) -> Iterator[Plan]:
+        yield from self.plans
+        if len(self.plans) < MOST_PLANS:
+            self.plans.append(self._planned(batch, scored, sums))
+            yield self.plans[-1]
+
+    def _add(self, batch: Batch, sums: Mapping[str, Tensor], plan: Plan) -> int:
+        def sink(name: str, contributions: list[Contribution]) -> None:
+            accumulate(sums[name], contributions)
+
+        recorder = _Recorder(self.model, plan, sums, _size(batch), sink, self.rules)
+        with _frozen(self.model):
+            with recorder:
+                predictions = predict(self.model, batch, self.objective)
+                check_finite(predictions)
+                terms = list(self.estimand.terms(predictions, batch))
+            recorder.check_complete()
+            for number, loss in enumerate(terms, 1):
+                recorder.backward(loss.sum(), last=number == len(terms))
+        return self.estimand.num_units(predictions)
+
+    def _planned(self, batch: Batch, scored: Tensor, sums: Mapping[str, Tensor]) -> Plan:
+        def losses(examples: Batch) -> Tensor:
+            return predict(self.model, examples, self.objective).losses().mean
+
+        known = frozenset[str]().union(*(plan.by_loop for plan in self.plans))
+        chosen = _telling(batch, scored)
+        copies = _taken(batch, [chosen[0]] * COPIES)
+        try:
+            plan = make_plan(self.model, losses, copies, list(sums), known)
+            if wrong := _Trial(self, plan, sums).wrong(_taken(batch, chosen)):
+                plan = make_plan(self.model, losses, copies, list(sums), plan.by_loop | wrong)
+        except ValueError:
+            with torch.no_grad():  # so that the message counts examples as the batch does
+                check_finite(predict(self.model, batch, self.objective))
+            raise
+        if new := plan.by_loop - known:
+            logger.info(
+                "%d parameters have no batched rule and are done one example at a time, for example '%s'.",
+                len(new),
+                min(new),
+            )
+        return plan
+
+
+def _telling(batch: Batch, scored: Tensor) -> list[int]:
+    """Up to two examples with something to score; first a padded one, if any, since padding changes what models do.
+
+    Of those, the longest: in a sequence of one token, attention has no gradient.
+    """
+    positions = scored.nonzero()[:, 0].tolist()
+    if (mask := batch.get("attention_mask")) is not None:
+        lengths = mask.flatten(1).sum(1).tolist()
+        full = mask[0].numel()
+        positions.sort(key=lambda n: (lengths[n] == full, -lengths[n]))
+    return positions[:2]
+
+
+def _taken(batch: Batch, positions: list[int]) -> dict[str, Tensor]:
+    return {name: value[torch.tensor(positions, device=value.device)] for name, value in batch.items()}
+
+
+class _Trial:
+    """One batch by a plan, compared with the loop parameter by parameter as they arrive."""
+
+    def __init__(self, engine: _Hooks, plan: Plan, sums: Mapping[str, Tensor]) -> None:
+        self.engine, self.plan = engine, plan
+        self.wanted = {name: torch.zeros_like(total) for name, total in sums.items() if name not in plan.by_loop}
+        parameter = next(engine.model.parameters())
+        low = parameter.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(parameter.device.type)
+        self.tolerance, self.floor = 0.2 if low else 1e-2, 0.0
+        self.good: set[str] = set()
+
+    def wrong(self, examples: Batch) -> frozenset[str]:
+        """The parameters for which the plan does not give what the loop gives."""
+        model = self.engine.model
+        loop_engine(model, self.engine.objective)(examples, self.wanted)
+        self.floor = 1e-9 * max((float(t.norm()) for t in self.wanted.values()), default=0.0)
+        recorder = _Recorder(model, self.plan, self.wanted, _size(examples), self._compare, self.engine.rules)
+        try:
+            with _frozen(model):
+                with recorder:
+                    loss = predict(model, examples, self.engine.objective).losses().mean.sum()
+                recorder.check_complete()
+                recorder.backward(loss, last=True)
+        except PlanOutdated:  # the examples differ in what the model does with them
+            return frozenset()
+        never = {name for name, total in self.wanted.items() if float(total.norm()) <= self.floor}
+        return frozenset(self.wanted) - self.good - never
+
+    def _compare(self, name: str, contributions: list[Contribution]) -> None:
+        found = torch.zeros_like(self.wanted[name])
+        accumulate(found, contributions)
+        size, error = float(self.wanted[name].norm()), float((found - self.wanted[name]).norm())
+        if error <= self.tolerance * size + self.floor:
+            self.good.add(name)
+
+
+def _named(model: nn.Module, names: Container[str]) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if name in names}
 
 
 def _size(batch: Batch) -> int:
     return len(next(iter(batch.values())))
-
-
-def _reduced(losses: ExampleLosses, reduction: str, first: int = 0) -> Tensor:
-    values = losses.mean if reduction == "mean" else losses.total
-    if not bool(torch.isfinite(values).all()):
-        bad = int((~torch.isfinite(values)).nonzero()[0])
-        raise ValueError(
-            f"Every example needs a finite loss, but example {first + bad} of a batch has {values[bad].item()}; "
-            "check the model's weights and the labels."
-        )
-    return values
 
 
 @contextmanager
@@ -132,105 +254,151 @@ def _frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
-class _Recorder:
-    """Watches one forward and backward pass; a parameter is accumulated as soon as all its uses are in."""
+Sink = Callable[[str, list[Contribution]], None]
 
-    def __init__(self, plan: Plan, sums: Mapping[str, Tensor], batch_size: int) -> None:
-        self.plan, self.sums, self.batch_size = plan, sums, batch_size
-        self.expected: dict[str, int] = defaultdict(int)
-        self.uses: Counter[str] = Counter()
-        self.arrived: dict[str, list[Contribution]] = defaultdict(list)
-        self.hooks = ExitStack()
 
-    def __enter__(self) -> "_Recorder":
-        for module in self.plan.watched:
-            self.hooks.callback(module.register_forward_hook(self._after_forward, with_kwargs=True).remove)
-        return self
+class _Recorder(Follower):
+    """Sees one forward pass by a plan, and passes every parameter's contributions on as soon as all are in."""
 
-    def __exit__(self, *exception: Any) -> None:
-        self.hooks.close()
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: Plan,
+        sums: Mapping[str, Tensor],
+        examples: int,
+        sink: Sink,
+        rules: Mapping[str, set[str]],
+    ) -> None:
+        names = {id(p): n for n, p in model.named_parameters() if n in sums and n not in plan.by_loop}
+        super().__init__(names)
+        self.model = model
+        self.plan, self.examples, self.sink, self.rules = plan, examples, sink, rules
+        self.position = self.after_forward = 0
+        self.shared: dict[int, tuple[Operation, list[Tensor]]] = {}
+        self.arrived: defaultdict[str | int, list[tuple[int, Contribution]]] = defaultdict(list)
+        self.counts: Counter[str | int] = Counter()
+        self.last = False
 
-    def check_uses(self, counts: Counter[str]) -> None:
-        """Every use of a parameter must have been one of a module that the plan knows.
+    def note(self, operation: Operation, sources: Mapping[Slot, Source], result: Any) -> Any:
+        """Compare with the plan and do what it says."""
+        number, self.position = self.position, self.position + 1
+        step = self.plan.steps[number] if number < len(self.plan.steps) else None
+        if step is None or step.function != operation.function or step.sources != sources:
+            raise PlanOutdated
+        outputs = outputs_of(result)
+        if step.kind == "shared":
+            self._share(number, step, operation, outputs)
+        elif step.kind == "use":
+            output = outputs[step.outputs[0]]
+            return with_output(result, output, self._use(step, operation, output))
+        return result
+
+    def check_complete(self) -> None:
+        """The model must have come to all steps of the plan.
 
         Raises:
             PlanOutdated: If not.
         """
-        if any(counts[name] != self.uses[name] for name in self.sums if name not in self.plan.by_loop):
+        selects = self.data_dependent and not self.plan.data_dependent
+        if selects and any(step.layout and step.layout.merged for step in self.plan.steps):
             raise PlanOutdated
-
-    def backward(self, loss: Tensor) -> None:
-        """Run the backward pass; the weights are frozen, so only the recorded outputs receive gradients."""
-        self.hooks.close()  # the generic rule runs modules again
-        if leaves := _leaves(loss):  # not backward(), which would write to the .grad of tensors that are not ours
-            torch.autograd.grad(loss, leaves)
-        for name, contributions in self.arrived.items():  # a use that the loss does not depend on never arrives
-            accumulate(self.sums[name], contributions)
-        self.arrived.clear()
-
-    def _after_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if module not in self.plan.seen:
+        if self.position != len(self.plan.steps) and not self.plan.checkpointed:
             raise PlanOutdated
-        call = self.plan.calls.get(module)
-        if call is None:
-            return output
-        self._check(call, args, kwargs, output)
-        self.uses.update(call.uses)
-        if not torch.is_grad_enabled():  # the model itself wants no gradient here
-            return output
-        if call.shared:  # from here on every example has a copy of its own, so the gradient is per example
-            output = output.expand(self.batch_size, *output.shape[1:])
-        if not output.requires_grad or output.is_leaf:
-            output = output.detach().requires_grad_().clone()  # no leaf, so that the model may change it in place
-        for name in call.parameters.values():
-            self.expected[name] += 1
-        output.register_hook(self._after_backward(module, call, args, kwargs))
+        self.after_forward = self.position
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Run a backward pass; the weights are frozen, so only the recorded outputs receive gradients."""
+        self.last, self.position = last, self.after_forward
+        try:
+            with self if self.plan.checkpointed else nullcontext():
+                backward(self.model, loss, {}, _ignored, retain_graph=not last)
+        except PlanOutdated:
+            raise RuntimeError(
+                "A checkpointed part of the model did something new in the backward pass; use engine='loop' for it."
+            ) from None
+        while steps := [k for k in self.arrived if isinstance(k, int)]:
+            self._settle(max(steps))  # a use that the loss does not depend on never arrives
+        for name in [k for k in self.arrived if isinstance(k, str)]:
+            self._settle(name)
+        self.counts.clear()
+
+    def _share(self, number: int, step: Step, operation: Operation, outputs: list[Tensor]) -> None:
+        if any(n == 1 and len(t) != 1 for n, t in zip(step.lengths, outputs, strict=True)):
+            raise PlanOutdated  # what all examples shared is now per example
+        self.shared[number] = operation, outputs
+        for k in step.outputs:
+            self.follow(outputs[k], (number, k))
+
+    def _use(self, step: Step, operation: Operation, output: Tensor) -> Tensor:
+        assert step.layout is not None
+        if not step.layout.fits(output, self.examples):
+            raise PlanOutdated
+        if not output.requires_grad:
+            if operation.in_place:
+                raise PlanOutdated  # it is the model's own tensor that would have to want a gradient
+            output = output.detach().requires_grad_().clone()  # no leaf: the model may change it in place
+        on_gradient(output, self._arrive(step, operation))
         return output
 
-    def _after_backward(
-        self, module: nn.Module, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Callable[[Tensor], None]:
-        args = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-        kwargs = {key: a.detach() if isinstance(a, Tensor) else a for key, a in kwargs.items()}
-        versions = _versions(args, kwargs)
+    def _arrive(self, step: Step, operation: Operation) -> Callable[[Tensor], None]:
+        waiting = [_detached(operation)]
+        versions = _versions(operation)
 
         def arrive(gradient: Tensor) -> None:
-            if _versions(args, kwargs) != versions:
+            done = waiting.pop() if self.last else waiting[0]  # its inputs are not needed any more
+            if operation_changed(done):
                 raise RuntimeError(
-                    f"An input of {type(module).__name__} was changed in place after use, so its gradient cannot be "
-                    "formed from it; use engine='loop' for this model."
+                    f"An input of {done.name} was changed in place after use, so no gradient can be formed from it; use "
+                    "engine='loop' for this model."
                 )
-            contributions = call.rule(module, args, kwargs, gradient)
-            for own, name in call.parameters.items():
-                self.arrived[name].append(contributions[own])
-                if len(self.arrived[name]) == self.expected[name]:
-                    accumulate(self.sums[name], self.arrived.pop(name))
+            use = Use(done, tuple(step.sources), step.layout, gradient, self.examples, step.outputs[0])
+            rule, found = contributions_of(use)
+            for slot, contribution in found.items():
+                self._deliver(step.sources[slot], [contribution], rule)
+
+        def operation_changed(done: Operation) -> bool:
+            return done.function not in SUMS and _versions(done) != versions
 
         return arrive
 
-    def _check(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """The example axis must be where it was when the plan was made."""
-        values = {**dict(enumerate(args)), **kwargs, "output": output}
-        keys = {0, "output"} if call.shared else call.batched
-        length = 1 if call.shared else self.batch_size
-        for key in keys:
-            if not isinstance(values.get(key), Tensor) or len(values[key]) != length:
-                raise PlanOutdated
+    def _deliver(self, source: Source, contributions: list[Contribution], rule: str) -> None:
+        key, output = (source, 0) if isinstance(source, str) else source
+        if isinstance(source, str):
+            self.rules[source].add(rule)
+        self.arrived[key] += [(output, c) for c in contributions]
+        self.counts[key] += 1
+        if self.counts[key] == self.plan.arrivals[key]:
+            self._settle(key)
+
+    def _settle(self, key: str | int) -> None:
+        arrived = self.arrived.pop(key)
+        if isinstance(key, str):
+            self.sink(key, [c for _, c in arrived])
+            return
+        operation, outputs = self.shared[key]
+        by_output: defaultdict[int, list[Contribution]] = defaultdict(list)
+        for k, contribution in arrived:
+            by_output[k].append(contribution)
+        sources = self.plan.steps[key].sources
+        shapes = [tuple(t.shape) for t in outputs]
+        for slot, found in pull_back(operation, tuple(sources), shapes, by_output, self.examples).items():
+            self._deliver(sources[slot], found, "chain")
 
 
-def _leaves(loss: Tensor) -> list[Tensor]:
-    """All leaves of the graph of a loss; an output with none of them below would never hear of the backward pass."""
-    leaves, seen, queue = [], set(), [loss.grad_fn]
-    while queue:
-        node = queue.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if (leaf := getattr(node, "variable", None)) is not None:
-            leaves.append(leaf)
-        queue += [following for following, _ in node.next_functions]
-    return leaves
+def _ignored(name: str, gradient: Tensor) -> None:
+    """The weights are frozen."""
 
 
-def _versions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    return [a._version for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+def _detached(operation: Operation) -> Operation:
+    def detached(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach()
+        return type(value)([detached(v) for v in value]) if type(value) in (list, tuple) else value
+
+    kwargs = {key: detached(value) for key, value in operation.kwargs.items()}
+    return Operation(operation.function, tuple(detached(a) for a in operation.args), kwargs, operation.in_place)
+
+
+def _versions(operation: Operation) -> list[int]:
+    values = (*operation.args, *operation.kwargs.values())
+    return [t._version for v in values for t in (v if type(v) in (list, tuple) else [v]) if isinstance(t, Tensor)]

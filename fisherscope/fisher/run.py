@@ -1,23 +1,24 @@
-"""A Fisher run: progress, checkpoints, resume."""
+"""A Fisher run: progress, checkpoints, resume, and stopping when a mask has settled."""
 
-import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import torch
-from torch import Tensor, nn
+import numpy as np
+from torch import nn
 
-from .. import storage
+from .. import distributed, storage
 from .._progress import progress_bar
-from ..data import BatchDigest, describe_batches
-from ..models import describe, infer_objective, measuring
-from ..objectives import Batch, LossFunction
-from ..scores import FORMAT, Estimator, FisherScores, Reduction, Unit, read_tensors, write
-from .engines import Engine, hooks_engine, loop_engine
+from ..data import BatchDigest, Batches, describe_batches
+from ..models import check_head, describe, infer_objective, measuring
+from ..objectives import Batch, LossFunction, num_scored
+from ..scores import Estimator, FisherScores, Reduction, Unit
+from .engines import Engine, batch_mean_engine, hooks_engine, loop_engine
+from .estimand import PUBLISHED, Estimand
+from .state import State
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +35,17 @@ def estimate_fisher(
     estimator: Estimator = "empirical",
     unit: Unit = "sequence",
     reduction: Reduction = "mean",
+    draws: int = 1,
+    tokens: int | None = None,
+    seed: int = 0,
     engine: EngineName = "auto",
+    halves: bool = True,
+    until_stable: float | None = None,
+    fraction: float = 0.1,
     progress: bool = True,
     checkpoint: str | Path | None = None,
 ) -> FisherScores:
-    r"""Empirical Fisher information of every entry of a model.
+    r"""Diagonal Fisher information of every entry of a model.
 
     .. math::  F_i = \frac{1}{N} \sum_{n=1}^{N} \Big(\frac{\partial \ell_n}{\partial \theta_i}\Big)^2
 
@@ -46,16 +53,33 @@ def estimate_fisher(
     with one example each gives (Kunstner et al., arXiv 1905.12558, call it the empirical Fisher). All uses of a tied
     parameter are added before squaring. The model is left as it was.
 
+    In a process group of ``torch.distributed`` every rank must call it with the same model and batches: each computes
+    its share of the batches, rank 0 alone keeps the checkpoint, and all get the same scores.
+
     Args:
         model: Any ``nn.Module``; the parameters that require a gradient are scored.
         batches: A re-iterable of dicts as a Hugging Face collator makes them (``input_ids``, ``attention_mask``,
             ``labels``: -100 ignored, causal labels unshifted), the example axis first.
         objective: ``"mlm"``, ``"causal-lm"``, ``"seq2seq-lm"``, ``"classification"``, ``"regression"``, or a function
             ``(model, batch) -> losses of shape [B]``; None infers it from the model's head.
-        estimator: ``"empirical"``: the labels are those of the data.
-        unit: ``"sequence"``: every example is one term of the sum.
+        estimator: ``"empirical"``: the labels are those of the data. ``"sampled"``: they are drawn from the model;
+            unbiased for the Fisher information. ``"exact"``: the expectation over all labels, one backward pass per
+            class. ``"squared-batch-mean"`` and ``"absolute-gradient"`` are what published code computes; formulas
+            in :class:`Estimand`.
+        unit: ``"sequence"``: every example is one term of the sum. ``"token"``: every scored token is, at the price of a
+            backward pass per token.
         reduction: Whether :math:`\ell_n` is the ``"mean"`` or the ``"sum"`` over the example's scored tokens.
+        draws: Label draws per example for ``"sampled"``; they share one forward pass.
+        tokens: For the unit ``"token"``: so many random tokens of every example stand for all of them, without bias.
+        seed: Of the drawn labels and tokens.
         engine: ``"loop"`` is one backward pass per example, ``"hooks"`` the batched engine; ``"auto"`` means hooks.
+        halves: Whether to keep the scores from either half of the examples apart (``FisherScores.halves``), which takes
+            the memory of the scores once more; ``stability`` does not need them.
+        until_stable: Stop as soon as the mask of the top ``fraction`` is so stable: the expected overlap with that of
+            a fresh draw of as many examples (:meth:`FisherScores.stability`), such as 0.95. It is looked at after 8
+            batches and a quarter later each time. Batches of :func:`load_batches` are then taken in random order, so
+            that those seen are a fair selection; mind the order of others. None takes all batches.
+        fraction: Share of the entries that mask selects; its stability is followed beside those of 0.01, 0.1 and 0.5.
         progress: Show a bar with the expected time to the end.
         checkpoint: A file for the sums so far; when it exists the run goes on where it stopped. It stays at the end, so
             that nothing is lost before the scores are saved; delete it then.
@@ -67,134 +91,160 @@ def estimate_fisher(
 
     Raises:
         ValueError: If no parameter requires a gradient, a loss is not finite, no example has anything to score,
-            or the checkpoint belongs to another run.
+            the estimator does not apply, ``until_stable`` or ``fraction`` is no share, or the checkpoint belongs to
+            another run.
     """
     objective = objective or infer_objective(model)
+    check_head(model, objective)
     scored = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not scored:
         raise ValueError("A Fisher run scores the parameters that require a gradient, but this model has none.")
-    for name, value, known in (
-        ("estimator", estimator, get_args(Estimator)),
-        ("unit", unit, get_args(Unit)),
-        ("reduction", reduction, get_args(Reduction)),
-        ("engine", engine, get_args(EngineName)),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be {' or '.join(map(repr, known))}, got {value!r}.")
-    engine = "loop" if engine == "loop" else "hooks"
-    facts = _facts(model, batches, objective, reduction, engine)
-    state = _State.start(scored) if checkpoint is None else _State.resume(Path(checkpoint), scored, facts)
-    add = (loop_engine if engine == "loop" else hooks_engine)(model, objective, reduction)
+    estimand = Estimand(estimator, unit, reduction, draws, tokens, seed)
+    make_engine = _engine(engine, estimand)
+    for name, share in (("until_stable", until_stable), ("fraction", fraction)):
+        if share is not None and not 0 < share < 1:
+            raise ValueError(f"{name} must be between 0 and 1, got {share:g}.")
+    if until_stable is not None:
+        batches = _in_random_order(batches)
+    stopping = None if until_stable is None else {"until_stable": until_stable, "fraction": fraction}
+    facts = _facts(model, batches, objective, estimand, make_engine.__name__, halves, stopping)
+    _check_same_on_all_ranks(facts)
+    path = Path(checkpoint) if checkpoint else None
+    goes_on = path is not None and distributed.is_first()
+    state = State.resume(path, scored, halves, fraction, facts) if goes_on else State.start(scored, halves, fraction)
+    state.join()
+    if until_stable is not None and fraction not in state.quarters.fractions:
+        raise ValueError(f"fraction must select some and not all of the entries, but {fraction:g} does not.")
     with measuring(model):
-        _run(add, batches, state, facts, Path(checkpoint) if checkpoint else None, progress)
+        _run(make_engine(model, objective, estimand), batches, objective, state, facts, path, progress)
     if not state.used:
         raise ValueError(
             "None of the examples has a scored token (a label that is not -100); check labels and objective."
         )
-    if state.seen > state.used:
-        logger.warning("%d of %d examples have no scored token and were skipped.", state.seen - state.used, state.seen)
+    if state.skipped:
+        logger.warning("%d of %d examples have no scored token and were skipped.", state.skipped, state.seen)
     facts["provenance"]["data"]["fingerprint"] = facts["provenance"]["data"]["fingerprint"] or state.digest
-    provenance = storage.provenance(**facts["provenance"], skipped=state.seen - state.used)
-    scores = {name: (total / state.used).cpu() for name, total in state.sums.items()}
-    return FisherScores(scores, state.used, facts["estimator"], facts["unit"], reduction, provenance)
+    provenance = storage.provenance(**facts["provenance"], skipped=state.skipped)
+    tensors, first_half, quarters = state.finished()
+    scores = FisherScores(tensors, state.used, estimator, unit, reduction, provenance, first_half, quarters)
+    if until_stable is not None:
+        _report_stopping(scores, until_stable, fraction)
+    return scores
 
 
-@dataclass
-class _State:
-    """How far a run has come.
-
-    Attributes:
-        sums: Parameter name to sum of squared gradients.
-        digest: Fingerprint of the batches done.
-        batches: Number of batches done.
-        seen: Number of examples in them.
-        used: Number of those that had something to score.
-    """
-
-    sums: dict[str, Tensor]
-    digest: str = ""
-    batches: int = 0
-    seen: int = 0
-    used: int = 0
-
-    @staticmethod
-    def start(scored: Mapping[str, nn.Parameter]) -> "_State":
-        def wide(p: Tensor) -> torch.dtype:
-            return torch.float64 if p.dtype == torch.float64 else torch.float32
-
-        return _State({name: torch.zeros_like(p, dtype=wide(p)) for name, p in scored.items()})
-
-    @staticmethod
-    def resume(path: Path, scored: Mapping[str, nn.Parameter], facts: Mapping[str, Any]) -> "_State":
-        if not path.exists():
-            return _State.start(scored)
-        with storage.open_hdf5(path, FORMAT) as file:
-            before = storage.attributes(file)
-            if "progress" not in before:
-                raise ValueError(
-                    f"{path} is a finished scores file, not the checkpoint of a run; name another checkpoint."
-                )
-            now = {**facts["provenance"], "reduction": facts["reduction"]}
-            origin = {**json.loads(before["provenance"]), "reduction": before["reduction"]}
-            origin = {key: origin.get(key) for key in now}
-            if found := storage.difference(origin, json.loads(json.dumps(now))):
-                raise ValueError(
-                    f"{path} was begun with another {found}; repeat that command to go on, or delete the file to start "
-                    "afresh."
-                )
-            saved = read_tensors(file)
-            if {n: t.shape for n, t in saved.items()} != {n: p.shape for n, p in scored.items()}:
-                raise ValueError(f"{path} was begun with another set of parameters; delete it to start afresh.")
-            sums = {name: tensor.to(scored[name].device) for name, tensor in saved.items()}
-            batches, seen, used = (int(v) for v in before["progress"])
-        logger.info("Going on after %d examples.", seen)
-        return _State(sums, str(before["digest"]), batches, seen, used)
-
-    def save(self, path: Path, facts: Mapping[str, Any]) -> None:
-        counts = {"num_examples": self.used, "progress": [self.batches, self.seen, self.used], "digest": self.digest}
-        with storage.atomic(path) as temporary:
-            attributes = {key: facts[key] for key in ("estimator", "unit", "reduction")} | counts
-            write(temporary, self.sums, attributes, storage.provenance(**facts["provenance"]))
+def _engine(name: EngineName, estimand: Estimand) -> Callable[[nn.Module, str | LossFunction, Estimand], Engine]:
+    if name not in get_args(EngineName):
+        raise ValueError(f"engine must be {' or '.join(map(repr, get_args(EngineName)))}, got {name!r}.")
+    if name == "hooks" and estimand.estimator in PUBLISHED:
+        raise ValueError(f"The estimator {estimand.estimator} has no fast engine; leave out the engine.")
+    if estimand.estimator == "squared-batch-mean":
+        return batch_mean_engine
+    return loop_engine if name == "loop" or estimand.estimator in PUBLISHED else hooks_engine
 
 
 def _facts(
-    model: nn.Module, batches: Iterable[Batch], objective: str | LossFunction, reduction: str, engine: str
+    model: nn.Module,
+    batches: Iterable[Batch],
+    objective: str | LossFunction,
+    estimand: Estimand,
+    engine: str,
+    halves: bool,
+    stopping: Mapping[str, float] | None,
 ) -> dict[str, Any]:
     """What identifies a run: a resumed run must agree on all of it."""
-    name = objective if isinstance(objective, str) else getattr(objective, "__qualname__", "a function")
-    provenance = {"model": describe(model), "data": describe_batches(batches), "objective": name, "engine": engine}
-    return {"estimator": "empirical", "unit": "sequence", "reduction": reduction, "provenance": provenance}
+    settings = asdict(estimand)
+    kind = {key: settings.pop(key) for key in ("estimator", "unit", "reduction")}
+    provenance = {
+        "model": describe(model),
+        "data": describe_batches(batches),
+        "objective": objective if isinstance(objective, str) else getattr(objective, "__qualname__", "a function"),
+        "engine": engine.removesuffix("_engine"),
+        "draws": settings,
+        "stopping": stopping,
+    }
+    return {**kind, "halves": halves, "provenance": provenance}
+
+
+def _check_same_on_all_ranks(facts: Mapping[str, Any]) -> None:
+    if found := storage.difference(distributed.first_says(facts), facts):
+        raise ValueError(f"All ranks share one run, but rank {distributed.rank()} was given another {found}.")
+
+
+def _in_random_order(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """The same examples, of which any first few are a fair selection, if the order is ours to choose."""
+    if not isinstance(batches, Batches):
+        return batches
+    seed = batches.settings.get("seed", 0)
+    order = np.random.default_rng(int(str(seed))).permutation(batches.num_examples)
+    settings = {**batches.settings, "order": "random"}
+    return replace(batches, examples=[batches.examples[i] for i in order], settings=settings)
+
+
+def _report_stopping(scores: FisherScores, until_stable: float, fraction: float) -> None:
+    """Say whether the mask has settled, by the last value noted."""
+    curve = scores.quarters.curve(fraction) if scores.quarters else []
+    number, reached = curve[-1] if curve else (scores.num_examples, float("nan"))
+    text = "the top %g %% of the entries has an expected overlap of %.3f with that of a fresh draw, after %d examples"
+    if reached >= until_stable:
+        logger.info(f"The mask has settled: {text}.", 100 * fraction, reached, number)
+    else:
+        logger.warning(
+            f"The data ended before the mask settled: {text}, but %g was asked for; give more examples.",
+            100 * fraction,
+            reached,
+            number,
+            until_stable,
+        )
 
 
 def _run(
-    add: Engine, batches: Iterable[Batch], state: _State, facts: Mapping[str, Any], checkpoint: Path | None, shown: bool
+    add: Engine,
+    batches: Iterable[Batch],
+    objective: str | LossFunction,
+    state: State,
+    facts: Mapping[str, Any],
+    checkpoint: Path | None,
+    shown: bool,
 ) -> None:
     total, done, number = getattr(batches, "num_examples", None), state.batches, 0
     digest, next_save = BatchDigest(), time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
-    with progress_bar(total, "Fisher", "example", done=state.seen, shown=shown) as bar:
+    with progress_bar(total, "Fisher", "example", done=state.seen, shown=shown and distributed.is_first()) as bar:
         for number, batch in enumerate(batches, 1):
+            if number > done and _has_settled(state, facts):
+                break
             digest.update(batch)
             if number == done and str(digest) != state.digest:
                 raise _other_data(checkpoint)
             if number <= done:
                 continue
-            size = len(next(iter(batch.values())))
-            state.used += add(batch, state.sums)
-            state.digest, state.batches, state.seen = str(digest), number, state.seen + size
-            bar.update(size)
-            if checkpoint and time.monotonic() >= next_save:
+            before = state.seen
+            state.add(add, batch, str(digest), int((num_scored(batch, objective) == 0).sum()))
+            bar.update(state.seen - before)
+            if checkpoint and _is_due(number, next_save):
                 next_save = _save(state, checkpoint, facts)
     if number < done:
         raise _other_data(checkpoint)
+    if distributed.first_says(state.digest) != state.digest:
+        raise ValueError("All ranks share one run, but they were given different batches; give every rank the same.")
     if checkpoint:
         _save(state, checkpoint, facts)
+    state.unite()
 
 
-def _save(state: _State, checkpoint: Path, facts: Mapping[str, Any]) -> float:
+def _is_due(number: int, moment: float) -> bool:
+    """Whether it is time to save by the clock of rank 0, who is asked when every rank has done a batch."""
+    return number % distributed.world_size() == 0 and distributed.first_says(time.monotonic() >= moment)
+
+
+def _has_settled(state: State, facts: Mapping[str, Any]) -> bool:
+    wanted = facts["provenance"]["stopping"]
+    return wanted is not None and state.is_stable(wanted["fraction"], wanted["until_stable"])
+
+
+def _save(state: State, checkpoint: Path, facts: Mapping[str, Any]) -> float:
     """Write the sums so far, and tell when to do so again: saving takes at most a twentieth of the run."""
     began = time.monotonic()
-    if state.used:
-        state.save(checkpoint, facts)
+    state.save(checkpoint, facts)
     return time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS * (1 + 4 * (time.monotonic() - began))
 
 
