@@ -1,5 +1,6 @@
 """The command line: every command on a tiny model, messages, and runs that are killed and resumed."""
 
+import csv
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import fisherscope as fs
 from fisherscope.cli import COMMANDS, main
+from fisherscope.comparison import compare
 
 WORDS = [f"word{i}" for i in range(60)]
 
@@ -148,6 +150,70 @@ def test_config_file_gives_flags_and_the_command_line_wins(flags: list[str], tmp
     assert [len(axis.steps) for axis in axes] == [5, 3] and axes[0].steps[-1] == 0.25
 
 
+def test_two_files_are_compared(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / "a.h5", tmp_path / "b.h5"]
+    masks = [path.with_suffix(".safetensors") for path in files]
+    for seed, (path, mask) in enumerate(zip(files, masks, strict=True)):
+        assert run("fisher", *flags, "--seed", seed, "--out", path) == 0
+        assert run("mask", path, "--fraction", "0.2", "--out", mask) == 0
+    capsys.readouterr()
+    assert run("info", *files, "--fraction", "0.2", "--out", tmp_path / "table.csv") == 0
+    said = capsys.readouterr().out
+    assert "a.h5: FisherScores(" in said and "overlap of the top 20 %" in said
+    result = compare(*map(fs.FisherScores.load, files), 0.2)
+    with open(tmp_path / "table.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["layer"] for row in rows] == ["all", *(row.name for row in result.groups)]
+    assert float(rows[0]["overlap"]) == result.overall.overlap
+    assert float(rows[-1]["rank_correlation"]) == result.groups[-1].rank_correlation
+    (line,) = [line for line in said.splitlines() if line.startswith("all ")]
+    assert line.split()[2] == f"{result.overall.overlap:.3f}"
+    assert run("info", *masks, "--by", "parameter") == 0
+    said = capsys.readouterr().out
+    assert "jaccard" in said and "rank correlation" not in said
+    for given, out in ((files, "scores.png"), (masks, "masks.html")):
+        assert run("plot", *given, "--out", tmp_path / out) == 0
+        assert (tmp_path / out).stat().st_size > 1000
+    assert "got one of each" in refused(capsys, "info", files[0], masks[0])
+    assert "info takes one file, or two to compare, got 3" in refused(capsys, "info", *files, masks[0])
+    assert "holds neither" not in refused(capsys, "info", files[0], "--out", tmp_path / "table.csv")
+
+
+def test_info_tables(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, table = tmp_path / "scores.h5", tmp_path / "table.csv"
+    assert run("fisher", *flags, "--fraction", "0.25", "--out", path) == 0
+    scores = fs.FisherScores.load(path)
+    capsys.readouterr()
+    assert run("info", path, "--by", "parameter", "--out", table) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert f"25 %: {scores.stability(0.25):.3f}" in lines[1]
+    with open(table, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["parameter"] for row in rows] == list(scores)
+    for row in rows:
+        score = scores[row["parameter"]].double()
+        assert int(row["entries"]) == score.numel() and float(row["max"]) == float(score.max())
+        assert float(row["sum"]) == pytest.approx(float(score.sum())) and float(row["mean"]) == float(score.mean())
+    assert sum(float(row["share"]) for row in rows) == pytest.approx(1.0)
+    header = next(k for k, line in enumerate(lines) if line.startswith("parameter "))
+    assert len({len(line) for line in lines[header : header + 1 + len(rows)]}) == 1  # aligned
+    assert any(line.startswith("objective") and line.endswith("mlm") for line in lines)
+    assert not any(mark in "\n".join(lines) for mark in "{}[]")  # no raw JSON
+    before = table.read_bytes()
+    assert "--overwrite" in refused(capsys, "info", path, "--out", table)
+    assert table.read_bytes() == before
+    assert "ends in .csv" in refused(capsys, "info", path, "--out", tmp_path / "table.txt")
+
+
+def test_stability_of_a_run_is_drawn(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("fisher", *flags, "--no-halves", "--out", tmp_path / "scores.h5") == 0
+    assert fs.FisherScores.load(tmp_path / "scores.h5").first_half is None
+    for out in ("stability.pdf", "stability.html"):
+        assert run("plot", tmp_path / "scores.h5", "--kind", "stability", "--out", tmp_path / out) == 0
+    words = ["plot", tmp_path / "scores.h5", "--kind", "comparison", "--out", tmp_path / "c.pdf"]
+    assert "A comparison takes two files, got 1" in refused(capsys, *words)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -233,21 +299,27 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 SLOWED = """
 import sys, time
 import fisherscope.fisher.run as run, fisherscope.landscape.scan as scan
-import fisherscope.fisher.engines as engines
 from fisherscope.cli import main
 run.SECONDS_BETWEEN_CHECKPOINTS = 0.0
-losses = engines.example_losses
-def slow(*args):
-    time.sleep(0.02)
-    return losses(*args)
-engines.example_losses = scan.example_losses = slow
+def slowed(work):
+    def slow(*args):
+        time.sleep(0.02)
+        return work(*args)
+    return slow
+run.State.add = slowed(run.State.add)
+scan.example_losses = slowed(scan.example_losses)
 sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("command", ["fisher", "landscape"])
-def test_killed_command_resumes_to_the_same_file(command: str, flags: list[str], tmp_path: Path) -> None:
-    words = [command, *flags, *(["--points", "7"] if command == "landscape" else [])]
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [("fisher", []), ("fisher", ["--until-stable", "0.5", "--fraction", "0.3"]), ("landscape", ["--points", "7"])],
+)
+def test_killed_command_resumes_to_the_same_file(
+    command: str, settings: list[str], flags: list[str], tmp_path: Path
+) -> None:
+    words = [command, *flags, *settings]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     out, whole = tmp_path / "killed.h5", tmp_path / "whole.h5"
     process = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 import base64
 import inspect
+import itertools
 import json
 import math
 import re
@@ -22,17 +23,21 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from fisherscope import plots
+from fisherscope.comparison import compare
 from fisherscope.landscape import Axis, Landscape
+from fisherscope.masks import top_fraction
 from fisherscope.plots import _matplotlib, _plotly
-from fisherscope.plots._prepare import Layers, Lines, Panels, columns
+from fisherscope.plots._prepare import Compared, Layers, Lines, Panels, columns, decades, spread
+from fisherscope.plots._prepare_comparison import compared
 from fisherscope.plots._prepare_landscapes import panels, perplexity_ticks, round_ticks, short_title
-from fisherscope.plots._prepare_scores import layers, short_labels, sorted_lines, thinned
+from fisherscope.plots._prepare_scores import layers, short_labels, sorted_lines, stability_lines, thinned
 from fisherscope.scores import FisherScores
+from fisherscope.stability import Quarters
 
 REFERENCES = {"uniform": 8.0, "unigram": 5.0}
 BACKENDS = (_matplotlib, _plotly)
 SUFFIXES = (".pdf", ".png", ".svg", ".html")
-PUBLIC = ["contour", "curves", "layer_scores", "sorted_scores", "surface"]
+PUBLIC = ["comparison", "contour", "curves", "layer_scores", "sorted_scores", "stability", "surface"]
 
 
 def axis(number: int, points: int = 5, span: float = 1.0, norm: float = 12.34, entries: int = 1234567) -> Axis:
@@ -68,6 +73,22 @@ def some_scores(seed: int = 0, size: int = 40, **facts: Any) -> FisherScores:
     drawn[0, :3] = 0.0
     names = ("net.embed.weight", "net.layer.0.a.weight", "net.layer.1.a.weight", "head.bias")
     return scores({name: row.tolist() for name, row in zip(names, drawn, strict=True)}, prefix="net.", **facts)
+
+
+HISTORY = ((8.0, 0.5, 0.7), (10.0, 0.55, 0.72), (13.0, 0.6, 0.75), (17.0, 0.65, 0.74), (18.0, 0.66, 0.76))
+
+
+def followed_scores(seed: int = 0, size: int = 40, **facts: Any) -> FisherScores:
+    """Scores of a run that noted the stability of two masks at five moments."""
+    quarters = Quarters(torch.ones(4, 4), (5, 5, 4, 4), (0.1, 0.5), HISTORY)
+    return replace(some_scores(seed, size, **facts), quarters=quarters)
+
+
+def noisy_scores(seed: int, **facts: Any) -> FisherScores:
+    """Scores much like those of seed 0."""
+    draw = torch.Generator().manual_seed(seed)
+    given = some_scores(0, **facts)
+    return replace(given, tensors={n: t * torch.exp(torch.randn(t.shape, generator=draw)) for n, t in given.items()})
 
 
 def surface_panels(*given: Landscape, metric: str = "loss", titles: Any = None) -> Panels:
@@ -346,6 +367,94 @@ def test_scores_are_in_squared_nats_only_where_the_loss_is_in_nats(objective: st
     assert sorted_lines(given, "entry", False, None).y_label == "Fisher score" + unit
 
 
+def test_stability_is_a_line_per_fraction():
+    lines = stability_lines(followed_scores(name="m"), None)
+    assert [line.title for line in lines.lines] == ["top 10 %", "top 50 %"]
+    assert [line.x.tolist() for line in lines.lines] == [[8, 10, 13, 17, 18]] * 2
+    assert [line.y.tolist() for line in lines.lines] == [[p[k] for p in HISTORY] for k in (1, 2)]
+    assert lines.notes == ("m, 8 examples",)
+    several = stability_lines([followed_scores(name="m"), followed_scores(1, name="n")], None)
+    assert [line.title for line in several.lines] == ["m: top 10 %", "m: top 50 %", "n: top 10 %", "n: top 50 %"]
+
+
+@given(st.lists(st.integers(1, 10**6).map(float), min_size=1, max_size=40))
+def test_ticks_on_a_logarithmic_axis_are_spread(values: list[float]):
+    kept = spread(values)
+    assert kept[-1] == max(values) and set(kept) <= set(values)
+    assert len(kept) <= 5
+    assert all(high / low >= (max(values) / min(values)) ** 0.2 for low, high in itertools.pairwise(kept))
+
+
+@given(st.floats(-40, 10), st.floats(0, 40))
+def test_decades_are_few_and_inside(low: float, width: float):
+    found = decades(low, low + width)
+    assert len(found) <= 6 and all(low <= k <= low + width for k in found)
+    assert bool(found) == (math.ceil(low) <= math.floor(low + width))
+
+
+def test_a_comparison_shows_the_agreement_within_each_layer():
+    a, b = some_scores(0, name="m"), noisy_scores(1, name="n")
+    drawn, result = compared(a, b, 0.25, None), compare(a, b, 0.25)
+    assert drawn.labels == ("embed", "layer 0", "layer 1", "head")
+    assert [line.title for line in drawn.series] == ["overlap of the top 25 %", "rank correlation"]
+    for line, key in zip((*drawn.series, drawn.chance), ("overlap", "rank_correlation", "chance"), strict=True):
+        assert line.y.tolist() == [getattr(row, key) for row in result.groups]
+        assert line.x.tolist() == [0, 1, 2, 3]
+    assert drawn.notes[0] == (
+        f"m and n, over the whole model: overlap {result.overall.overlap:.3f}, Jaccard index "
+        f"{result.overall.jaccard:.3f}, rank correlation {result.overall.rank_correlation:.3f}"
+    )
+
+
+def test_a_comparison_counts_entries_by_both_scores():
+    a, b = some_scores(0), noisy_scores(1)
+    histogram = compared(a, b, 0.25, ["x", "y"]).histogram
+    assert histogram is not None
+    pairs = [(x, y) for n in a for x, y in zip(a[n].tolist(), b[n].tolist(), strict=True) if x > 0 and y > 0]
+    edges = histogram.edges
+    inside = [(math.log10(x), math.log10(y)) for x, y in pairs if min(math.log10(x), math.log10(y)) >= edges[0]]
+    assert histogram.counts.sum() == len(inside) >= 0.98 * len(pairs)
+    for i, j in np.argwhere(histogram.counts):
+        found = sum(edges[i] <= x <= edges[i + 1] and edges[j] <= y <= edges[j + 1] for x, y in inside)
+        assert histogram.counts[i, j] == pytest.approx(found, abs=1)  # one may lie on an edge
+    for mark, scores_ in zip(histogram.marks, (a, b), strict=True):
+        values = [v for n in scores_ for v in scores_[n].tolist()]
+        assert sum(math.log10(v) > mark for v in values if v > 0) == round(0.25 * len(values))
+    assert histogram.labels == ("score, x (nats²)", "score, y (nats²)")
+    assert f"{160 - len(inside)} of 160 entries are 0 or lower than shown" in compared(a, b, 0.25, None).notes
+
+
+def test_a_comparison_of_masks_has_no_histogram():
+    a, b = (top_fraction(s, 0.5) for s in (some_scores(0), noisy_scores(1)))
+    drawn = compared(a, b, 0.1, None)
+    assert drawn.histogram is None
+    assert [line.title for line in drawn.series] == ["overlap", "Jaccard index"]
+    assert drawn.series[0].y.tolist() == [row.overlap for row in compare(a, b).groups]
+
+
+def test_a_comparison_says_what_it_leaves_out():
+    a, b = some_scores(0, new=("head.bias",)), some_scores(1)
+    assert compared(a, b, 0.1, None).notes[-1] == "parameters left out: 1 drawn at random"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "titles"),
+    [
+        ({"name": "a"}, {"name": "b"}, ["a", "b"]),
+        ({"name": "a"}, {"name": "a", "reduction": "sum"}, ["mean over tokens", "sum over tokens"]),
+        ({"name": "a", "provenance": {"data": {"source": "x"}}}, {"name": "a", "provenance": {"data": {"source": "y"}}},
+         ["x", "y"]),
+        ({"name": "a", "provenance": {"data": {"settings": {"seed": 0}}}},
+         {"name": "a", "provenance": {"data": {"settings": {"seed": 1}}}}, ["seed 0", "seed 1"]),
+        ({"name": "a"}, {"name": "a"}, ["a (1)", "a (2)"]),
+        ({}, {}, ["scores (1)", "scores (2)"]),
+    ],
+)  # fmt: skip
+def test_scores_of_one_model_are_told_apart_by_what_differs(first: Any, second: Any, titles: list[str]):
+    lines = sorted_lines([some_scores(0, **first), some_scores(0, **second)], "entry", True, None)
+    assert [line.title for line in lines.lines] == titles
+
+
 # What is refused
 
 
@@ -394,6 +503,12 @@ ZERO = scores({"a.layer.0.w": [0.0, 0.0]}, name="m")
          "sorted with normalized=True."),
         (lambda out: plots.sorted_scores(scores({"a.w": [1.0]}, new=("a.w",)), out), ValueError,
          "There is nothing to draw: every scored parameter was drawn at random."),
+        (lambda out: plots.stability(some_scores(name="m"), out), ValueError,
+         "The scores of m have no history of their stability; estimate them again from at least four batches."),
+        (lambda out: plots.comparison(some_scores(), top_fraction(some_scores(), 0.5), out), TypeError,
+         "Two sets of scores or two masks can be compared, got one of each; make a mask from the scores."),
+        (lambda out: plots.comparison(ZERO, ZERO, out), ValueError,
+         "There is nothing to draw on logarithmic axes: no entry has a score above 0 in both."),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("unchecked")
@@ -413,7 +528,9 @@ def test_scores_of_different_reductions_can_be_compared_when_normalised():
 # Files
 
 TITLES = ["a title with so many words that it must be broken", "short", "_$x$_"]
-PREPARED: dict[str, Callable[[], Panels | Lines | Layers]] = {
+PREPARED: dict[str, Callable[[], Panels | Lines | Layers | Compared]] = {
+    "comparison": lambda: compared(some_scores(0), noisy_scores(1), 0.1, TITLES[:2]),
+    "stability": lambda: stability_lines([followed_scores(0), followed_scores(1)], None),
     "surface": lambda: surface_panels(bowl(), bowl(1.0), bowl(0.5), titles=TITLES),
     "contour": lambda: surface_panels(bowl(), bowl(1.0), bowl(0.5), titles=TITLES),
     "curves": lambda: surface_panels(bowl(points=(5,)), bowl(1.0, points=(7,))),
@@ -421,6 +538,8 @@ PREPARED: dict[str, Callable[[], Panels | Lines | Layers]] = {
     "layer_scores": lambda: layers([some_scores(0), some_scores(1)], None),
 }
 FIGURES: dict[str, Callable[[Path], Path]] = {
+    "comparison": lambda out: plots.comparison(some_scores(0), noisy_scores(1), out),
+    "stability": lambda out: plots.stability(followed_scores(), out),
     "surface": lambda out: plots.surface([bowl(), bowl(1.0)], out),
     "contour": lambda out: plots.contour([bowl(), bowl(1.0)], out, metric="perplexity"),
     "curves": lambda out: plots.curves([bowl(points=(5,)), bowl(1.0, points=(7,))], out),
@@ -491,8 +610,10 @@ def test_printed_figures_have_the_width_of_a_column_or_page_and_nothing_outside(
     elif name in ("surface", "contour"):
         given = [bowl(1.0 + k, title=title) for k in range(count)]
     else:
-        given = [some_scores(k, name="a-model-with-a-long-name") for k in range(count)]
+        given = [followed_scores(k, name="a-model-with-a-long-name") for k in range(count)]
     prepared = {
+        "comparison": lambda: compared(given[0], noisy_scores(1, name="another-model-with-a-long-name"), 0.1, None),
+        "stability": lambda: stability_lines(given, None),
         "surface": lambda: surface_panels(*given),
         "contour": lambda: surface_panels(*given, metric="perplexity"),
         "curves": lambda: surface_panels(*given),
@@ -500,7 +621,7 @@ def test_printed_figures_have_the_width_of_a_column_or_page_and_nothing_outside(
         "layer_scores": lambda: layers(given, None),
     }[name]()
     figure = getattr(_matplotlib, name)(prepared)
-    wide = name in ("surface", "contour") and count > 1
+    wide = name == "comparison" or (name in ("surface", "contour") and count > 1)
     assert figure.get_size_inches()[0] == (6.9 if wide else 3.3)
     assert overflow(figure) <= 0.0
     sizes = {text.get_size() for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()}
@@ -520,7 +641,8 @@ def regions(figure: Any) -> dict[str, Any]:
 def test_nothing_on_a_printed_page_overlaps(name: str):
     figure = getattr(_matplotlib, name)(PREPARED[name]())
     found = regions(figure)
-    assert len(found) == {"surface": 11, "contour": 11, "curves": 3, "sorted_scores": 3, "layer_scores": 2}[name]
+    parts = {"surface": 11, "contour": 11, "curves": 3, "sorted_scores": 3, "layer_scores": 2, "stability": 2}
+    assert len(found) == (parts | {"comparison": 5})[name]
     pairs = [(a, b) for a in found for b in found if a < b and found[a].overlaps(found[b])]
     # the slanted labels of neighbouring boxes pass each other, though the rectangles around them meet
     assert [pair for pair in pairs if name != "surface" or not all(region.startswith("axes") for region in pair)] == []
@@ -632,6 +754,26 @@ def test_printed_layers_stand_from_the_top_down():
     assert axes.get_xscale() == "log"
 
 
+def test_printed_comparisons_are_the_agreement_and_the_counts():
+    drawn = PREPARED["comparison"]()
+    assert isinstance(drawn, Compared) and drawn.histogram is not None
+    layers_, histogram, _ = _matplotlib.comparison(drawn).axes
+    for line, series in zip(layers_.lines, (*drawn.series, drawn.chance), strict=True):
+        assert (line.get_xdata() == series.y).all() and (line.get_ydata() == series.x).all()
+    counts = histogram.collections[0].get_array()
+    assert counts is not None and int(counts.sum()) == drawn.histogram.counts.sum()
+    assert counts.reshape(drawn.histogram.counts.shape).filled(0)[3, 90] == drawn.histogram.counts[90, 3]
+    masks = compared(top_fraction(some_scores(0), 0.5), top_fraction(some_scores(1), 0.5), 0.1, None)
+    assert len(_matplotlib.comparison(masks).axes) == 1
+    assert _matplotlib.comparison(masks).get_size_inches()[0] == 3.3
+
+
+def test_printed_stability_names_its_moments():
+    axes = _matplotlib.stability(stability_lines(followed_scores(), None)).axes[0]
+    assert axes.get_xscale() == "log" and axes.get_ylim()[1] == 1.0
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["8", "10", "13", "18"]
+
+
 # Figures for the browser
 
 
@@ -712,3 +854,20 @@ def test_pages_of_scores_show_the_same_points_as_print():
     figure = _plotly.layer_scores(drawn)
     assert list(figure.layout.yaxis.ticktext) == list(drawn.labels)
     assert [np.array_equal(t.x, s.y) for t, s in zip(figure.data, drawn.series, strict=True)] == [True, True]
+
+
+def test_pages_of_stability_and_comparisons_show_the_same_as_print():
+    lines = stability_lines(followed_scores(), None)
+    for trace, line in zip(_plotly.stability(lines).data, lines.lines, strict=True):
+        assert np.array_equal(trace.x, line.x) and np.array_equal(trace.y, line.y)
+    drawn = PREPARED["comparison"]()
+    assert isinstance(drawn, Compared) and drawn.histogram is not None
+    figure = _plotly.comparison(drawn)
+    for trace, series in zip(figure.data, (*drawn.series, drawn.chance), strict=False):
+        assert np.array_equal(trace.x, series.y) and np.array_equal(trace.y, series.x)
+    (heatmap,) = [trace for trace in figure.data if trace.type == "heatmap"]
+    assert np.nansum(heatmap.customdata) == drawn.histogram.counts.sum()
+    assert np.nan_to_num(heatmap.customdata[3][90]) == drawn.histogram.counts[90, 3]
+    assert {shape.x0 for shape in figure.layout.shapes} > {drawn.histogram.marks[0]}
+    masks = compared(top_fraction(some_scores(0), 0.5), top_fraction(some_scores(1), 0.5), 0.1, None)
+    assert [trace.type for trace in _plotly.comparison(masks).data] == ["scatter"] * 3

@@ -18,6 +18,8 @@ COMMANDS = {
     "landscape": "the loss around a model, on a grid",
     "plot": "figures from scores and landscapes",
     "info": "what a file holds and how it was made",
+    "check": "whether the fast engine is exact on a model, and batching and padding are harmless",
+    "plan": "the memory that a Fisher run takes, from a model's configuration alone",
     "demo": "all of it on the built-in model, no network",
 }
 
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(argv)
         _set_up_logging()
-        args.run(args)
+        status = args.run(args) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # as in `fisherscope info FILE | head`
         sys.stdout = None
@@ -50,11 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        known = isinstance(error, (ValueError, TypeError, OSError))
+        known = isinstance(error, (ValueError, TypeError, OSError, MemoryError))
         hint = "" if known else f" (unexpected {type(error).__name__}; --debug shows where)"
         print(f"fisherscope: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 1
-    return 0
+    return status
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..data import Batches
 
 
-def add_model_and_data_flags(parser: argparse.ArgumentParser) -> None:
+def add_model_and_data_flags(parser: argparse.ArgumentParser, *, num_examples: int | None = None) -> None:
     """The keywords of ``load_model`` and ``load_batches``."""
     model = parser.add_argument_group("model")
     model.add_argument("--model", required=True, help="Hub name, local folder, or builtin:bert")
@@ -25,7 +25,12 @@ def add_model_and_data_flags(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--data", required=True, help="Hub name, .txt .csv .tsv .json .jsonl .parquet file, folder, or builtin:docs"
     )
-    data.add_argument("--num-examples", type=int, help="a random subset of this size; default: all")
+    data.add_argument(
+        "--num-examples",
+        type=int,
+        default=num_examples,
+        help="a random subset of this size" + ("; default: all" if num_examples is None else ""),
+    )
     data.add_argument("--batch-size", type=int, default=16, help="examples at once; does not change results")
     data.add_argument(
         "--max-length", type=int, help="tokens per example; default: 128, or fewer if the model takes fewer"

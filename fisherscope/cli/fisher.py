@@ -1,6 +1,7 @@
 """``fisherscope fisher``: Fisher scores of a model on data."""
 
 import argparse
+import logging
 
 from .. import storage
 from ._common import add_model_and_data_flags, add_output_flags, load, output_is_complete
@@ -13,23 +14,68 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     fisher.add_argument(
         "--reduction", choices=("mean", "sum"), default="mean", help="over the scored tokens of an example"
     )
+    fisher.add_argument(
+        "--estimator",
+        choices=("empirical", "sampled", "exact", "squared-batch-mean", "absolute-gradient"),
+        default="empirical",
+        help="labels of the data, drawn from the model, or all of them; or what a paper's code computes",
+    )
+    fisher.add_argument(
+        "--unit", choices=("sequence", "token"), default="sequence", help="what one term of the mean is"
+    )
+    fisher.add_argument("--draws", type=int, default=1, help="label draws per example, for --estimator sampled")
+    fisher.add_argument("--tokens", type=int, help="random tokens per example, for --unit token; default: all")
     fisher.add_argument("--engine", choices=("auto", "hooks", "loop"), default="auto", help="loop: the slow reference")
+    fisher.add_argument(
+        "--until-stable",
+        type=float,
+        metavar="OVERLAP",
+        help="stop when the mask agrees so well with a fresh draw: 0.95",
+    )
+    fisher.add_argument("--fraction", type=float, default=0.1, help="of the entries, which that mask selects")
+    fisher.add_argument(
+        "--no-halves", dest="halves", action="store_false", help="save memory: do not keep scores by halves of the data"
+    )
     fisher.add_argument("--seed", type=int, default=0, help="of masked tokens, data subset and new heads")
     add_output_flags(parser, resumable=True)
 
 
 def run(args: argparse.Namespace) -> None:
-    """Estimate, save, and say what came out."""
-    if output_is_complete(args):
-        return
+    """Estimate, save, and say what came out; started by torchrun, each process does its share."""
+    from .. import distributed
+
+    with distributed.started(args.device) as args.device:
+        if not distributed.is_first():
+            logging.getLogger("fisherscope").setLevel(logging.ERROR)
+        if not distributed.first_says(distributed.is_first() and output_is_complete(args)):
+            _estimate(args)
+
+
+def _estimate(args: argparse.Namespace) -> None:
+    from .. import distributed
     from ..fisher import estimate_fisher
-    from .info import describe_scores
+    from .info import describe_scores, describe_stability
 
     model, batches, objective = load(args)
     part = storage.part_path(args.out)
     scores = estimate_fisher(
-        model, batches, objective=objective, reduction=args.reduction, engine=args.engine, checkpoint=part
+        model,
+        batches,
+        objective=objective,
+        estimator=args.estimator,
+        unit=args.unit,
+        reduction=args.reduction,
+        draws=args.draws,
+        tokens=args.tokens,
+        seed=args.seed,
+        engine=args.engine,
+        halves=args.halves,
+        until_stable=args.until_stable,
+        fraction=args.fraction,
+        checkpoint=part,
     )
+    if not distributed.is_first():
+        return
     scores.save(args.out)
     part.unlink(missing_ok=True)
-    print(f"{args.out}: {describe_scores(scores)}")
+    print(f"{args.out}: {describe_scores(scores)}", *describe_stability(scores, args.fraction), sep="\n")

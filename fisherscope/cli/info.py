@@ -1,49 +1,113 @@
-"""``fisherscope info``: what a file holds and how it was made."""
+"""``fisherscope info``: what a file holds and how it was made; two files: how far they agree."""
 
 import argparse
-import json
+import csv
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .. import storage
 from ._common import add_general_flags
 
 if TYPE_CHECKING:
+    from ..comparison import Comparison
     from ..landscape import Landscape
     from ..masks import Mask
     from ..scores import FisherScores
 
+Table = list[dict[str, Any]]
+"""Rows of a table: the same columns in each, the first one a name."""
+
+_FORMATS = {"entries": ",", "selected": ",", "density": ".2%", "share": ".2%"}
+_FORMATS |= dict.fromkeys(("mean", "max", "sum", "first_half_mean", "second_half_mean"), ".3e")
+_FORMATS |= dict.fromkeys(("overlap", "chance", "jaccard", "rank_correlation"), ".3f")
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One file."""
-    parser.add_argument("file", type=Path, help="scores, a mask, a landscape, or the .part of a run in progress")
+    """One file or two."""
+    parser.add_argument(
+        "files",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="scores, a mask, a landscape, or the .part of a run in progress; two scores or two masks are compared",
+    )
+    parser.add_argument("--by", choices=("layer", "parameter"), default="layer", help="rows of the table")
+    parser.add_argument("--fraction", type=float, default=0.1, help="of the masks that scores are compared by")
+    parser.add_argument("--out", type=Path, help="write the table to this .csv file, with all digits")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing table")
     add_general_flags(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print what the file holds, layer by layer, and its provenance."""
-    found = storage.file_format(args.file)
-    if found == "fisherscope.scores":
-        from ..scores import FisherScores, by_layer
+    if args.out is not None and args.out.exists() and not args.overwrite:
+        raise FileExistsError(f"{args.out} exists; give --overwrite to replace it, or another --out.")
+    if len(args.files) > 2:
+        raise ValueError(f"info takes one file, or two to compare, got {len(args.files)}.")
+    lines, table, provenance = _one(args) if len(args.files) == 1 else _two(args)
+    if args.out is not None and not table:
+        raise ValueError(f"A table is made of scores and masks, but {args.files[0]} holds neither; leave out --out.")
+    print("\n".join(lines))
+    if table:
+        print(*_aligned(table), sep="\n")
+    print(*_described(provenance), sep="\n")
+    if args.out is not None:
+        _write(table, args.out)
+        print(args.out)
 
-        scores = FisherScores.load(args.file)
-        print(describe_scores(scores))
-        _print_table("mean score", {layer: f"{mean:.3e}" for layer, mean in by_layer(scores).items()})
-        provenance = scores.provenance
-    elif found == "fisherscope.mask":
+
+def _one(args: argparse.Namespace) -> tuple[list[str], Table, Mapping[str, Any]]:
+    (path,) = args.files
+    found = storage.file_format(path)
+    if found == "fisherscope.scores":
+        from ..scores import FisherScores, summarize
+
+        scores = FisherScores.load(path)
+        table = [_renamed(asdict(row), args.by) for row in summarize(scores, args.by)]
+        lines = [describe_scores(scores), *describe_stability(scores, args.fraction), *_left_out(scores.new_parameters)]
+        return lines, table, scores.provenance
+    if found == "fisherscope.mask":
         from ..masks import Mask
 
-        mask = Mask.load(args.file)
-        print(mask)
-        _print_table("selected", {layer: f"{share:.2%}" for layer, share in _density_by_layer(mask).items()})
-        provenance = mask.provenance
-    else:
-        from ..landscape import Landscape
+        mask = Mask.load(path)
+        return [str(mask)], _selected(mask, args.by), mask.provenance
+    from ..landscape import Landscape
 
-        landscape = Landscape.load(args.file)
-        print(describe_landscape(landscape))
-        provenance = landscape.provenance
-    print(json.dumps(dict(provenance), indent=1, ensure_ascii=False))
+    landscape = Landscape.load(path)
+    return [describe_landscape(landscape)], [], landscape.provenance
+
+
+def _two(args: argparse.Namespace) -> tuple[list[str], Table, Mapping[str, Any]]:
+    from ..comparison import compare
+
+    first, second = (load_comparable(path) for path in args.files)
+    result = compare(first, second, args.fraction, by=args.by)
+    lines = [f"{path}: {noun}" for path, noun in zip(args.files, (first, second), strict=True)]
+    rows = [_renamed(asdict(row), args.by) for row in (result.overall, *result.groups)]
+    if result.fraction is None:
+        rows = [{key: value for key, value in row.items() if key != "rank_correlation"} for row in rows]
+    return [*lines, *_differences(result)], rows, {}
+
+
+def load_comparable(path: Path) -> "FisherScores | Mask":
+    """Scores or a mask, whichever a file holds.
+
+    Raises:
+        ValueError: If it holds something else.
+    """
+    found = storage.file_format(path)
+    if found == "fisherscope.scores":
+        from ..scores import FisherScores
+
+        return FisherScores.load(path)
+    if found == "fisherscope.mask":
+        from ..masks import Mask
+
+        return Mask.load(path)
+    raise ValueError(f"Two sets of scores or two masks can be compared, but {path} is a {found.split('.')[-1]}.")
 
 
 def describe_scores(scores: "FisherScores") -> str:
@@ -59,18 +123,91 @@ def describe_landscape(landscape: "Landscape") -> str:
     return "\n".join(lines)
 
 
-def _density_by_layer(mask: "Mask") -> dict[str, float]:
+def _renamed(row: dict[str, Any], by: str) -> dict[str, Any]:
+    return {by if key == "name" else key: value for key, value in row.items()}
+
+
+def describe_stability(scores: "FisherScores", fraction: float) -> list[str]:
+    """How far masks of usual sizes would change, where the file can tell."""
+    if scores.quarters is None or not scores.quarters.are_filled:
+        return []
+    fractions = sorted(f for f in {*scores.quarters.fractions, fraction} if scores.quarters.has_mask_of(f))
+    found = [(f, scores.stability(f)) for f in fractions]
+    shown = ", ".join(f"{100 * f:g} %: {overlap:.3f}" for f, overlap in found)
+    return [f"expected overlap of a mask of the top entries with that of a fresh draw: {shown}"] if found else []
+
+
+def _left_out(drawn: Sequence[str]) -> list[str]:
+    return [f"left out, since drawn at random: {_listed(drawn)}"] if drawn else []
+
+
+def _differences(result: "Comparison") -> list[str]:
+    """What was compared, and what could not be."""
+    lines = []
+    if result.fraction is not None:
+        sampled = "" if result.ranked == result.overall.entries else f", an even selection of {result.ranked:,} entries"
+        lines.append(
+            f"overlap of the top {100 * result.fraction:g} % (of each group); Spearman's rank correlation{sampled}"
+        )
+    for side, names in (("first", result.only_in_first), ("second", result.only_in_second)):
+        lines += [f"only in the {side}: {_listed(names)}"] if names else []
+    return [*lines, *_left_out(result.drawn)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names)} parameters, {names[0]} to {names[-1]}"
+
+
+def _selected(mask: "Mask", by: str) -> Table:
     from ..models import layer_of
 
     counts: dict[str, list[int]] = {}
     for name, tensor in mask.items():
-        selected, total = counts.setdefault(layer_of(name), [0, 0])
-        counts[layer_of(name)] = [selected + int(tensor.sum()), total + tensor.numel()]
-    return {layer: selected / total for layer, (selected, total) in counts.items()}
+        group = layer_of(name) if by == "layer" else name
+        entries, selected = counts.setdefault(group, [0, 0])
+        counts[group] = [entries + tensor.numel(), selected + int(tensor.sum())]
+    return [
+        {by: group, "entries": entries, "selected": selected, "density": selected / entries if entries else math.nan}
+        for group, (entries, selected) in counts.items()
+    ]
 
 
-def _print_table(heading: str, rows: dict[str, str]) -> None:
-    width = max(map(len, rows), default=0)
-    print(f"{'layer':<{width}}  {heading}")
-    for name, value in rows.items():
-        print(f"{name:<{width}}  {value}")
+def _aligned(table: Table) -> list[str]:
+    """The table as lines, names to the left and numbers to the right; columns without a number are left out."""
+    columns = [key for key in table[0] if any(row[key] is not None for row in table)]
+    cells = [[key.replace("_", " ") for key in columns], *([_cell(key, row[key]) for key in columns] for row in table)]
+    widths = [max(len(line[k]) for line in cells) for k in range(len(columns))]
+    return ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in cells]
+
+
+def _cell(column: str, value: Any) -> str:
+    if value is None or value != value:
+        return "\N{EN DASH}"
+    return format(value, _FORMATS.get(column, ""))
+
+
+def _write(table: Table, path: Path) -> None:
+    if path.suffix != ".csv":
+        raise ValueError(f"A table ends in .csv, got {path.name!r}; rename the output.")
+    with storage.atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, table[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(table)
+
+
+def _described(provenance: Mapping[str, Any]) -> list[str]:
+    """Provenance, one line for each key that says something."""
+    shown = {key: words for key, value in provenance.items() if (words := _words(value))}
+    width = max(map(len, shown), default=0)
+    return [f"{key:<{width}}  {words}" for key, words in shown.items()]
+
+
+def _words(value: Any, most: int = 3) -> str:
+    """A JSON value in a few words; nothing for what is empty."""
+    if isinstance(value, Mapping):
+        inner = {key: _words(v) for key, v in value.items()}
+        return ", ".join(f"{key.replace('_', ' ')} {words}" for key, words in inner.items() if words)
+    if isinstance(value, list):
+        shown = ", ".join(map(_words, value[:most]))
+        return shown if len(value) <= most else f"{shown} and {len(value) - most} more"
+    return "" if value is None else str(value)

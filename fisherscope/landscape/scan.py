@@ -18,7 +18,7 @@ from .. import storage
 from .._progress import progress_bar
 from ..data import BatchDigest, describe_batches
 from ..masks import Mask
-from ..models import describe, infer_objective, measuring
+from ..models import check_head, describe, infer_objective, measuring
 from ..objectives import Batch, LossFunction, example_losses, reference_losses
 from .directions import Direction, Normalize, OneDimensional, random_directions, restrict
 from .surface import Axis, Journal, Landscape, journal
@@ -73,6 +73,7 @@ def scan_landscape(
         MaskMismatch: If the mask belongs to another model.
     """
     objective = objective or infer_objective(model)
+    check_head(model, objective)
     steps = _grid(axes, points, span)
     given = directions != "random"
     whole = (

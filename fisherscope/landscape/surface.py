@@ -174,6 +174,8 @@ class Journal:
 def journal(path: Path, empty: Landscape) -> Iterator[Journal]:
     """Go on with the scan in ``path`` if there is one, else begin with an empty landscape.
 
+    A file without any point is not left behind when the scan is refused.
+
     Raises:
         ValueError: If the file was begun with other settings; names the first that differs.
         WrongFile: If it is no landscape.
@@ -182,8 +184,17 @@ def journal(path: Path, empty: Landscape) -> Iterator[Journal]:
         _check_same_scan(path, Landscape.load(path), empty)
     else:
         empty.save(path)
-    with h5py.File(path, "r+") as file:
-        yield Journal(file)
+    refused = False
+    try:
+        with h5py.File(path, "r+") as file:
+            try:
+                yield Journal(file)
+            except ValueError:
+                refused = not np.asarray(file["evaluated"]).any()
+                raise
+    finally:
+        if refused:
+            path.unlink()
 
 
 def _check_same_scan(path: Path, before: Landscape, now: Landscape) -> None:

@@ -1,4 +1,4 @@
-"""Figures from nouns: landscapes and scores in, one file out.
+"""Figures from nouns: landscapes, scores and masks in, one file out.
 
 The suffix of the output decides who draws: ``.pdf``, ``.png`` and ``.svg`` are made for print by matplotlib, ``.html``
 is one self-contained interactive page by plotly. The ``_prepare`` modules work out what is shown; ``_matplotlib`` and
@@ -13,12 +13,14 @@ from typing import Any
 
 from .. import storage
 from ..landscape import Landscape
+from ..masks import Mask
 from ..scores import FisherScores
 from ._prepare import By, Metric, Titles
+from ._prepare_comparison import compared
 from ._prepare_landscapes import panels
-from ._prepare_scores import layers, sorted_lines
+from ._prepare_scores import layers, sorted_lines, stability_lines
 
-__all__ = ["contour", "curves", "layer_scores", "sorted_scores", "surface"]
+__all__ = ["comparison", "contour", "curves", "layer_scores", "sorted_scores", "stability", "surface"]
 
 SUFFIXES = {".pdf": "_matplotlib", ".png": "_matplotlib", ".svg": "_matplotlib", ".html": "_plotly"}
 """The backend of every kind of file."""
@@ -127,6 +129,55 @@ def layer_scores(scores: FisherScores | Sequence[FisherScores], out: str | Path,
     """
     draw = _backend(out)
     return _save(draw.layer_scores(layers(scores, titles)), out)
+
+
+def stability(scores: FisherScores | Sequence[FisherScores], out: str | Path, *, titles: Titles = None) -> Path:
+    """Draw how stable masks of the top scores were while the examples came in, a line per fraction.
+
+    The height is the expected overlap with the mask from a fresh draw of as many examples
+    (:meth:`fisherscope.FisherScores.stability`).
+
+    Args:
+        scores: One, or several.
+        out: The file to write; its suffix is one of ``.pdf .png .svg .html``.
+        titles: One per set of scores; None says which model.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        TypeError: If something else than scores was given.
+        ValueError: If the suffix is unknown or no history was kept.
+    """
+    draw = _backend(out)
+    return _save(draw.stability(stability_lines(scores, titles)), out)
+
+
+def comparison(
+    a: FisherScores | Mask, b: FisherScores | Mask, out: str | Path, *, fraction: float = 0.1, titles: Titles = None
+) -> Path:
+    """Draw how far two sets of scores, or two masks, agree layer by layer, and scores against each other.
+
+    By layer: the overlap of the masks of the top ``fraction`` within it, with what chance gives, and Spearman's rank
+    correlation; of masks, the overlap and the Jaccard index (:func:`fisherscope.compare`). Scores are also drawn
+    against each other as a histogram; beyond both dashed lines are the entries that both masks select.
+
+    Args:
+        a: Scores or a mask.
+        b: Another one, of a model with the same backbone or parts of it.
+        out: The file to write; its suffix is one of ``.pdf .png .svg .html``.
+        fraction: Of scores, the share of the entries that the masks select.
+        titles: One for each; None says which model, or what else is different.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        TypeError: If one is scores and the other a mask.
+        ValueError: If the suffix is unknown, or they have nothing in common.
+    """
+    draw = _backend(out)
+    return _save(draw.comparison(compared(a, b, fraction, titles)), out)
 
 
 def _backend(out: str | Path) -> ModuleType:

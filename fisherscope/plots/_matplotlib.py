@@ -7,16 +7,29 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, Normalize
+from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, NullFormatter
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from .._typing import Float
-from ._matplotlib_layout import BODY, MARKERS, QUIET, STYLE, Page, Single, outline, set_ticks, text_width
-from ._prepare import Layers, Lines, Panel, Panels, Reference, Scale
+from ._matplotlib_layout import (
+    BODY,
+    COLUMN,
+    MARKERS,
+    PAGE,
+    QUIET,
+    STYLE,
+    Page,
+    Single,
+    outline,
+    set_ticks,
+    text_height,
+    text_width,
+)
+from ._prepare import Compared, Histogram, Layers, Lines, Panel, Panels, Reference, Scale, decades, spread
 
-__all__ = ["contour", "curves", "layer_scores", "save", "sorted_scores", "surface"]
+__all__ = ["comparison", "contour", "curves", "layer_scores", "save", "sorted_scores", "stability", "surface"]
 
 LEVELS = 20  # bands of a contour map
 HEIGHT = 0.6  # of the box around a surface, by its sides
@@ -116,6 +129,48 @@ def layer_scores(layers: Layers) -> Figure:
 
 
 @matplotlib.rc_context(STYLE)
+def stability(lines: Lines) -> Figure:
+    """Expected overlap by number of examples, one line per mask."""
+    single = Single([line.title for line in lines.lines], lines.notes)
+    for number, line in enumerate(lines.lines):
+        style = single.style(number) | {"marker": MARKERS[number % len(MARKERS)], "markersize": 2.5}
+        single.axes.plot(line.x, line.y, **style)
+    single.axes.set(xlabel=lines.x_label, ylabel=lines.y_label, xscale="log")
+    single.axes.set_ylim(top=1.0)
+    ticks = spread(float(x) for line in lines.lines for x in line.x)
+    set_ticks(single.axes.xaxis, [(tick, f"{tick:,.0f}") for tick in ticks])
+    single.axes.xaxis.set_minor_formatter(NullFormatter())
+    single.axes.tick_params(axis="x", which="minor", length=0)
+    single.axes.grid(axis="y", color="0.85", linewidth=0.5)
+    return single.finished()
+
+
+@matplotlib.rc_context(STYLE)
+def comparison(compared: Compared) -> Figure:
+    """Agreement by layer, the first at the top, and beside it scores against each other."""
+    left = 0.15 + max(map(text_width, compared.labels))
+    height = max(0.1 + 0.15 * len(compared.labels), 2.2 if compared.histogram else 0.0)
+    beside = PAGE - COLUMN if compared.histogram else 0.0
+    shown = (*compared.series, compared.chance)
+    single = Single([line.title for line in shown], compared.notes, left=left, height=height, beside=beside)
+    for number, line in enumerate(compared.series):
+        dots = {"linestyle": "none", "marker": MARKERS[number], "markersize": 3.5}
+        single.axes.plot(line.y, line.x, **single.style(number) | dots)
+    dots = {"linestyle": "none", "marker": "|", "markersize": 6, "color": QUIET}
+    single.axes.plot(compared.chance.y, compared.chance.x, **single.style(len(compared.series)) | dots)
+    lowest = min([0.0, *(float(y) for line in shown for y in line.y)])
+    single.axes.set_yticks(range(len(compared.labels)), compared.labels)
+    single.axes.set(
+        xlabel=compared.value_label, ylim=(len(compared.labels) - 0.5, -0.5), xlim=(1.1 * lowest - 0.02, 1.02)
+    )
+    single.axes.grid(axis="y", color="0.85", linewidth=0.5)
+    single.axes.tick_params(axis="y", length=0)
+    if compared.histogram:
+        _draw_histogram(single, compared.histogram)
+    return single.finished()
+
+
+@matplotlib.rc_context(STYLE)
 def save(figure: Figure, path: Path, suffix: str) -> None:
     """Write a figure as ``.pdf``, ``.png`` or ``.svg``, the same bytes every time."""
     metadata: dict[str, Any] = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}, ".png": {}}[suffix]
@@ -146,6 +201,30 @@ def _cut(corners: Float[np.ndarray, "corners 3"], ceiling: float) -> Float[np.nd
         if (start[2] <= ceiling) != (end[2] <= ceiling):
             kept.append(start + (end - start) * (ceiling - start[2]) / (end[2] - start[2]))
     return np.array(kept)
+
+
+def _draw_histogram(single: Single, histogram: Histogram) -> None:
+    x_label, y_label = (single.wrapped(label, 1.9) for label in histogram.labels)
+    left, top = 0.45 + text_height(y_label), single.above
+    side = single.beside - left - 0.65
+    axes = single.place(left, top, side, side)
+    edges = histogram.edges
+    counts = np.ma.masked_equal(histogram.counts.T, 0)
+    mesh = axes.pcolormesh(
+        edges, edges, counts, norm=LogNorm(1, max(2, counts.max())), cmap=_colours(), rasterized=True
+    )
+    axes.plot(edges[[0, -1]], edges[[0, -1]], color="black", linewidth=0.6)
+    for draw, mark in zip((axes.axvline, axes.axhline), histogram.marks, strict=True):
+        draw(mark, color="black", linewidth=0.6, linestyle=(0, (4, 2)))
+    axes.set(xlim=edges[[0, -1]], ylim=edges[[0, -1]])
+    axes.set(xlabel=x_label, ylabel=y_label)
+    ticks = [(float(k), f"$10^{{{k}}}$") for k in decades(edges[0], edges[-1])]
+    for axis in (axes.xaxis, axes.yaxis):
+        set_ticks(axis, ticks)
+    place = {"xy": (histogram.marks[0], 0), "xycoords": ("data", "axes fraction"), "xytext": (-3, 3)}
+    axes.annotate(histogram.mark_label, **place, textcoords="offset points", ha="right", path_effects=outline())
+    bar = single.figure.colorbar(mesh, single.place(left + side + 0.08, top, 0.08, side), label="entries")
+    bar.ax.minorticks_off()
 
 
 def _draw_surface(axes: Any, panel: Panel, scale: Scale) -> None:

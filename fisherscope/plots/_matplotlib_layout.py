@@ -138,18 +138,37 @@ class Single:
         notes: What must be said below the figure.
         left: Room for the labels at the left.
         height: Of the axes.
+        beside: Room left of the column for other axes; what must be said then stands below both.
     """
 
-    def __init__(self, names: Sequence[str], notes: Sequence[str], *, left: float = 0.55, height: float = 1.9) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        notes: Sequence[str],
+        *,
+        left: float = 0.55,
+        height: float = 1.9,
+        beside: float = 0.0,
+    ) -> None:
+        self.beside, self.width = beside, COLUMN + beside
         self.names = ["\n".join(_wrapped(_plain(line), COLUMN - 0.5) for line in name.split("\n")) for name in names]
-        self.note = _paragraphs(notes, COLUMN)
+        self.note = _paragraphs(notes, self.width)
         legend = sum(map(text_height, self.names)) + 0.03 * len(names) if len(names) > 1 else 0.0
-        above = 0.08 if len(names) > 1 else 0.12 + text_height(self.names[0])
+        self.above = above = 0.08 if len(names) > 1 else 0.12 + text_height(self.names[0])
         self.legend_top = legend + text_height(self.note) + 0.10
         self.height = above + height + 0.36 + self.legend_top
-        self.figure = Figure(figsize=(COLUMN, self.height))
-        box = (left, self.legend_top + 0.36, COLUMN - left - 0.10, height)
-        self.axes = self.figure.add_axes((box[0] / COLUMN, box[1] / self.height, box[2] / COLUMN, box[3] / self.height))
+        self.figure = Figure(figsize=(self.width, self.height))
+        self.axes = self.place(beside + left, above, COLUMN - left - 0.10, height)
+
+    def place(self, left: float, top: float, width: float, height: float) -> Axes:
+        """More axes."""
+        bottom = self.height - top - height
+        box = (left / self.width, bottom / self.height, width / self.width, height / self.height)
+        return self.figure.add_axes(box)
+
+    def wrapped(self, text: str, width: float) -> str:
+        """Text as matplotlib takes it, in lines of at most a width."""
+        return _wrapped(_plain(text), width)
 
     def style(self, number: int) -> dict[str, Any]:
         """Colour, dashes and name of one series."""
@@ -161,7 +180,7 @@ class Single:
         if len(self.names) > 1:
             self.figure.legend(
                 loc="upper left",
-                bbox_to_anchor=(0.05 / COLUMN, self.legend_top / self.height),
+                bbox_to_anchor=((self.beside + 0.05) / self.width, self.legend_top / self.height),
                 frameon=False,
                 borderpad=0,
                 borderaxespad=0,
@@ -182,7 +201,8 @@ class Single:
                 va="bottom",
                 size=TITLE,
             )
-        self.figure.text(0.05 / COLUMN, (0.04 + text_height(self.note)) / self.height, self.note, color=QUIET, va="top")
+        top = (0.04 + text_height(self.note)) / self.height
+        self.figure.text(0.05 / self.width, top, self.note, color=QUIET, va="top")
         return self.figure
 
 
@@ -217,7 +237,7 @@ def _wrapped(text: str, width: float, size: float = BODY) -> str:
 
 
 def _paragraphs(notes: Sequence[str], width: float) -> str:
-    return "\n".join(_wrapped(_plain(note), width - 0.1) for note in notes)
+    return "\n".join(_wrapped(_plain(note), 0.97 * width) for note in notes)
 
 
 @cache

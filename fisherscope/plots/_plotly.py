@@ -11,9 +11,23 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from ._prepare import COLOURS, Layers, Lines, Panel, Panels, Reference, Scale, columns
+from ._prepare import (
+    COLOURS,
+    Compared,
+    Histogram,
+    Layers,
+    Line,
+    Lines,
+    Panel,
+    Panels,
+    Reference,
+    Scale,
+    columns,
+    decades,
+    spread,
+)
 
-__all__ = ["contour", "curves", "layer_scores", "save", "sorted_scores", "surface"]
+__all__ = ["comparison", "contour", "curves", "layer_scores", "save", "sorted_scores", "stability", "surface"]
 
 LEVELS = 20  # bands of a contour map
 MOST = 2  # panels in a row
@@ -145,10 +159,114 @@ def layer_scores(layers: Layers) -> go.Figure:
     return figure
 
 
+def stability(lines: Lines) -> go.Figure:
+    """Expected overlap by number of examples, one line per mask."""
+    figure = _single(lines.notes)
+    for number, line in enumerate(lines.lines):
+        figure.add_trace(
+            go.Scatter(
+                x=line.x,
+                y=line.y,
+                name=html.escape(line.title),
+                mode="lines+markers",
+                line=_line(number),
+                marker={"symbol": _MARKERS[number % len(_MARKERS)], "size": 6},
+                hovertemplate="%{x:,} examples: %{y:.3f}<extra></extra>",
+            )
+        )
+    ticks = [(tick, f"{tick:,.0f}") for tick in spread(float(x) for line in lines.lines for x in line.x)]
+    figure.update_xaxes(title=lines.x_label, type="log", **_ticks(ticks))
+    figure.update_yaxes(title=lines.y_label)
+    return figure
+
+
+def comparison(compared: Compared) -> go.Figure:
+    """Agreement by layer, the first at the top, and beside it scores against each other."""
+    footer = _FOOTER + _LINE * len(compared.notes)
+    height = max(160 + 26 * len(compared.labels), 480 if compared.histogram else 0) + footer
+    figure = make_subplots(1, 2, horizontal_spacing=0.2) if compared.histogram else make_subplots(1, 1)
+    figure.update_layout(_LOOK, height=height, margin={"t": 40, "b": footer, "l": 80, "r": 20}, showlegend=True)
+    _add_notes(figure, compared.notes, footer)
+    place: dict[str, Any] = {"row": 1, "col": 2 if compared.histogram else 1}
+    for number, line in enumerate((*compared.series, compared.chance)):
+        figure.add_trace(_agreement_trace(compared, line, number), **place)
+    figure.update_xaxes(title=compared.value_label, **place)
+    figure.update_yaxes(
+        tickvals=list(range(len(compared.labels))),
+        ticktext=list(map(html.escape, compared.labels)),
+        range=[len(compared.labels) - 0.5, -0.5],
+        zeroline=False,
+        **place,
+    )
+    if compared.histogram:
+        _add_histogram(figure, compared.histogram)
+    return figure
+
+
 def save(figure: go.Figure, path: Path, suffix: str) -> None:
     """Write a figure as one ``.html`` file, the only suffix, that needs no network; the same bytes every time."""
     config = {"responsive": True, "displaylogo": False, "toImageButtonOptions": {"format": "svg"}}
     figure.write_html(path, include_plotlyjs=True, div_id="fisherscope", config=config)
+
+
+def _agreement_trace(compared: Compared, line: Line, number: int) -> go.Scatter:
+    is_chance = line is compared.chance
+    look = (
+        {"symbol": "line-ns-open", "color": _QUIET}
+        if is_chance
+        else {"symbol": _MARKERS[number], "color": COLOURS[number]}
+    )
+    return go.Scatter(
+        x=line.y,
+        y=line.x,
+        customdata=[compared.labels[int(position)] for position in line.x],
+        name=html.escape(line.title),
+        mode="markers",
+        marker={"size": 10, **look},
+        hovertemplate="%{customdata}: %{x:.3f}<extra></extra>",
+    )
+
+
+def _add_histogram(figure: Any, histogram: Histogram) -> None:
+    """Scores against each other at the left; the axes are common logarithms."""
+    place: dict[str, Any] = {"row": 1, "col": 1}
+    middles = (histogram.edges[:-1] + histogram.edges[1:]) / 2
+    counts = np.where(histogram.counts.T > 0, histogram.counts.T, np.nan)
+    most = max(1, math.ceil(math.log10(max(1, histogram.counts.max()))))
+    bar = {"title": {"text": "entries", "side": "right"}, "thickness": 12, "x": 0.405, "xanchor": "left"}
+    bar |= _ticks([(float(k), f"{10**k:,}") for k in range(most + 1)])
+    figure.add_trace(
+        go.Heatmap(
+            x=middles,
+            y=middles,
+            z=np.log10(counts),
+            customdata=counts,
+            colorscale="Viridis",
+            colorbar=bar,
+            hovertemplate="10^%{x:.2f}, 10^%{y:.2f}: %{customdata:,} entries<extra></extra>",
+        ),
+        **place,
+    )
+    ends = _ends(histogram.edges)
+    line = {"color": "black", "width": 1}
+    figure.add_trace(go.Scatter(x=ends, y=ends, mode="lines", line=line, showlegend=False, hoverinfo="skip"), **place)
+    dashed = line | {"dash": "dash"}
+    for draw, mark in zip((figure.add_vline, figure.add_hline), histogram.marks, strict=True):
+        draw(mark, line=dashed, **place)
+    label = {"text": histogram.mark_label, "showarrow": False, "xanchor": "right", "yanchor": "bottom"}
+    figure.add_annotation(x=histogram.marks[0], y=ends[0], **label, **place)
+    ticks = [(float(k), f"10<sup>{k}</sup>") for k in decades(ends[0], ends[1])]
+    figure.update_xaxes(
+        title=html.escape(histogram.labels[0]), range=ends, constrain="domain", **_ticks(ticks), **place
+    )
+    figure.update_yaxes(
+        title=html.escape(histogram.labels[1]),
+        range=ends,
+        constrain="domain",
+        scaleanchor="x",
+        **_ticks(ticks),
+        **place,
+    )
 
 
 def _page(panels: Panels, *, kind: str) -> Any:

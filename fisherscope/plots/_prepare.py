@@ -6,20 +6,21 @@ perplexity is the same picture with other tick labels, as a logarithmic axis of 
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import numpy as np
 
-from .._typing import Float
+from .._typing import Float, Int
 from ..landscape import Landscape
+from ..masks import Mask
 from ..scores import FisherScores
 
 Metric = Literal["loss", "perplexity"]
 By = Literal["entry", "parameter"]
 Titles = str | Sequence[str] | None
-Noun = TypeVar("Noun", Landscape, FisherScores)
+Noun = TypeVar("Noun", Landscape, FisherScores, Mask)
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Of lines: the palette of Okabe and Ito for every kind of colour vision, without its yellow, which fades on white."""
@@ -149,6 +150,46 @@ class Layers:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """Entries counted by two scores.
+
+    Attributes:
+        counts: Entries per cell, first score by second.
+        edges: Of the cells in both directions: common logarithms of the scores.
+        marks: Logarithms of the scores from which each one's mask selects.
+        mark_label: Which mask.
+        labels: Of the two axes.
+    """
+
+    counts: Int[np.ndarray, "cells cells"]
+    edges: Float[np.ndarray, "edges"]
+    marks: tuple[float, float]
+    mark_label: str
+    labels: tuple[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class Compared:
+    """Two nouns compared.
+
+    Attributes:
+        labels: Layers in the model's order.
+        series: Measures of agreement, with positions among the labels as ``x``; the first one is ``chance``'s.
+        chance: What the first would be by chance.
+        value_label: Of the axis of the measures.
+        histogram: Of scores against each other; None for masks.
+        notes: What must be said below the figure.
+    """
+
+    labels: tuple[str, ...]
+    series: tuple[Line, ...]
+    chance: Line
+    value_label: str
+    histogram: Histogram | None
+    notes: tuple[str, ...]
+
+
 def as_sequence(given: Noun | Sequence[Noun], kind: type[Noun], plot: str) -> list[Noun]:
     """One noun or several as a list.
 
@@ -181,7 +222,7 @@ def titles_of(given: Sequence[Noun], titles: Titles, default: Callable[[Noun], s
     return asked
 
 
-def model_name(noun: Landscape | FisherScores) -> str:
+def model_name(noun: Landscape | FisherScores | Mask) -> str:
     """The name of the model behind a noun, empty if it has none."""
     name = (noun.provenance.get("model") or {}).get("name") or ""
     return "" if name == "unnamed" else name
@@ -190,3 +231,20 @@ def model_name(noun: Landscape | FisherScores) -> str:
 def columns(count: int, most: int) -> int:
     """How many panels stand side by side when no row may have more than ``most``; rows as equal as possible."""
     return math.ceil(count / math.ceil(count / most))
+
+
+def spread(values: Iterable[float], most: int = 5) -> list[float]:
+    """Some of the values, the last and the others so far below each other that a logarithmic axis has room for them."""
+    ordered = sorted(set(values))
+    least = (ordered[-1] / ordered[0]) ** (1 / most)
+    kept = ordered[-1:]
+    for value in reversed(ordered):
+        if value * least < kept[0]:
+            kept.insert(0, value)
+    return kept
+
+
+def decades(low: float, high: float, most: int = 6) -> list[int]:
+    """At most ``most`` whole exponents of 10 between two common logarithms, evenly spaced."""
+    inside = range(math.ceil(low), math.floor(high) + 1)
+    return list(inside[:: math.ceil(len(inside) / most) or 1])

@@ -1,7 +1,7 @@
 """Scores as curves and as means by layer: sorting, thinning, short names."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def sorted_lines(scores: FisherScores | Sequence[FisherScores], by: str, normali
     units = "entries" if by == "entry" else "parameters"
     is_share = len(given) > 1
     lines, notes = [], []
-    for one, title in zip(given, titles_of(given, titles, _title), strict=True):
+    for one, title in zip(given, titles_of(given, titles, differing_titles(given)), strict=True):
         values = _values(one, by)
         lines.append(_sorted_line(values, title, normalized, is_share))
         if (zeros := int((values == 0).sum())) and not normalized:
@@ -41,7 +41,7 @@ def sorted_lines(scores: FisherScores | Sequence[FisherScores], by: str, normali
     return Lines(
         tuple(lines),
         f"{'share of ' if is_share else ''}{units}, in ascending order",
-        f"{quantity}, min-max normalised" if normalized else quantity + _unit(given),
+        f"{quantity}, min-max normalised" if normalized else quantity + unit_of(given),
         not normalized,
         is_share,
         all(len(line.x) <= MOST_MARKERS for line in lines),
@@ -63,15 +63,47 @@ def layers(scores: FisherScores | Sequence[FisherScores], titles: Titles) -> Lay
     if not any(value for mean in means for value in mean.values()):
         raise ValueError("All scores are 0, so there is nothing to draw on a logarithmic axis.")
     series, notes = [], []
-    for title, mean in zip(titles_of(given, titles, _title), means, strict=True):
+    for title, mean in zip(titles_of(given, titles, differing_titles(given)), means, strict=True):
         shown = [label for label, value in mean.items() if value]
         series.append(
             Line(title, np.array([float(labels.index(s)) for s in shown]), np.array([mean[s] for s in shown]))
         )
         if zero := [label for label, value in mean.items() if not value]:
             notes.append(f"{title}: exactly 0 in {', '.join(zero)}")
-    value_label = "mean Fisher score of an entry" + _unit(given)
+    value_label = "mean Fisher score of an entry" + unit_of(given)
     return Layers(tuple(labels), tuple(series), value_label, (*notes, *_new_parameters_note(given)))
+
+
+def stability_lines(scores: FisherScores | Sequence[FisherScores], titles: Titles) -> Lines:
+    """The expected overlap at each moment of a run that noted it, one line per fraction.
+
+    Raises:
+        TypeError: If something else than scores was given.
+        ValueError: If one of them has no history.
+    """
+    given = as_sequence(scores, FisherScores, "stability")
+    names = titles_of(given, titles, differing_titles(given))
+    lines = []
+    for one, name in zip(given, names, strict=True):
+        if one.quarters is None or not one.quarters.history:
+            raise ValueError(
+                f"The scores of {name} have no history of their stability; estimate them again from at least four "
+                "batches."
+            )
+        for fraction in one.quarters.fractions:
+            numbers, overlaps = np.array(one.quarters.curve(fraction), dtype=float).T
+            mask = f"top {100 * fraction:g} %"
+            lines.append(Line(f"{name}: {mask}" if len(given) > 1 else mask, numbers, overlaps))
+    note = "" if len(given) > 1 else f"{names[0]}, {given[0].num_examples:,} examples"
+    return Lines(
+        tuple(lines),
+        "examples",
+        "expected overlap with a fresh draw",
+        False,
+        False,
+        True,
+        (note,) if note else (),
+    )
 
 
 def thinned(first: int, size: int, most: int = MOST_POINTS) -> Int[np.ndarray, "positions"]:
@@ -106,8 +138,33 @@ def _label_parts(name: str, prefix: str) -> tuple[list[str], str]:
     return (around[:-1], f"layer {last}") if last.isdigit() else (around, last.replace("_", " "))
 
 
+def differing_titles(given: Sequence[FisherScores]) -> Callable[[FisherScores], str]:
+    """What to call each of several scores: the model and, of several of one model, whatever else differs."""
+    if len({_title(one) for one in given}) == len(given):
+        return _title
+    facts = [_facts(one) for one in given]
+    differing = [key for key in facts[0] if len({fact[key] for fact in facts}) > 1]
+    return lambda scores: ", ".join(filter(None, map(_facts(scores).get, differing))) or _title(scores)
+
+
 def _title(scores: FisherScores) -> str:
     return model_name(scores) or "scores"
+
+
+def _facts(scores: FisherScores) -> dict[str, str]:
+    """What may tell scores apart, in words."""
+    data = scores.provenance.get("data") or {}
+    seed = (data.get("settings") or {}).get("seed")
+    return {
+        "model": model_name(scores),
+        "data": str(data.get("source") or ""),
+        "objective": str(scores.provenance.get("objective") or ""),
+        "estimator": scores.estimator,
+        "unit": f"by {scores.unit}",
+        "reduction": f"{scores.reduction} over tokens",
+        "examples": f"{scores.num_examples:,} examples",
+        "seed": "" if seed is None else f"seed {seed}",
+    }
 
 
 def _check_same_reduction(given: Sequence[FisherScores]) -> None:
@@ -146,7 +203,7 @@ def _sorted_line(values: Float[np.ndarray, "units"], title: str, normalized: boo
     )
 
 
-def _unit(given: Sequence[FisherScores]) -> str:
+def unit_of(given: Sequence[FisherScores]) -> str:
     """Squared nats, unless a loss is in another unit or not known."""
     objectives = {str(scores.provenance.get("objective")) for scores in given}
     return " (nats²)" if all("nats" in LOSS_LABELS.get(objective, "") for objective in objectives) else ""
