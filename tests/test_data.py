@@ -2,21 +2,26 @@
 
 import csv
 import hashlib
+import itertools
 import json
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
+from conftest import built
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from fisherscope import estimate_fisher, scan_landscape
 from fisherscope.builtin import docs
-from fisherscope.data import OBJECTIVES, Batches, Source, load_batches, read_source
+from fisherscope.data import OBJECTIVES, Batches, Source, encoding, load_batches, read_source
 from fisherscope.data.corruption import IGNORED, corrupt_spans, example_generator, mask_tokens
 
 WORDS = [f"w{i}" for i in range(80)]
@@ -525,16 +530,25 @@ def load(forty, tokenizers):
     return load_forty
 
 
+def places(batches: Batches) -> list[list[int]]:
+    """For every batch served, the positions of its rows among the examples, which must all differ."""
+    known = {example["input_ids"].tobytes(): i for i, example in enumerate(batches.examples)}
+    assert len(known) == batches.num_examples
+    rows = [zip(batch["input_ids"], batch["attention_mask"].bool(), strict=True) for batch in batches]
+    return [[known[tokens[real].numpy().tobytes()] for tokens, real in batch] for batch in rows]
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_batches_are_the_examples_padded_on_the_right(load, tokenizers, objective):
     batches = load(objective, batch_size=7)
-    served = list(batches)
-    assert [len(batch["labels"]) for batch in served] == [7, 7, 7, 7, 7, 5]
+    served, chosen = list(batches), places(batches)
+    assert sorted(len(batch["labels"]) for batch in served) == [5, 7, 7, 7, 7, 7]
     assert (len(batches), batches.num_examples, batches.batch_size) == (6, 40, 7)
+    assert sorted(i for rows in chosen for i in rows) == list(range(40))
     pad = 5 if objective == "causal-lm" else 0  # GPT-2 has no padding token and borrows the end of text
     fill = {"input_ids": pad, "attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
-    for number, batch in enumerate(served):
-        rows = batches.examples[7 * number : 7 * number + 7]
+    for batch, positions in zip(served, chosen, strict=True):
+        rows = [batches.examples[i] for i in positions]
         for name, tensor in batch.items():
             assert tensor.dtype == (torch.float32 if objective == "regression" and name == "labels" else torch.int64)
             for row, example in zip(tensor.tolist(), rows, strict=True):
@@ -544,6 +558,85 @@ def test_batches_are_the_examples_padded_on_the_right(load, tokenizers, objectiv
                     expected = expected + [fill[name]] * (width - len(expected))
                 assert row == expected
     assert tokenizers["causal-lm"].pad_token is None
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_fourth_batch_takes_neighbours_in_length_of_one_part_of_a_window(load, objective, monkeypatch):
+    monkeypatch.setattr(encoding, "WINDOW", 8)
+    batches = load(objective, batch_size=3)
+    target = objective == "seq2seq-lm"
+    lengths = [len(e["input_ids"]) + (len(e["labels"]) if target else 0) for e in batches.examples]
+    served = places(batches)
+    assert len(served) == 14
+    assert sorted(i for rows in served[:8] for i in rows) == list(range(24))
+    for part in [served[number:end:4] for start, end in ((0, 8), (8, 14)) for number in range(start, start + 4)]:
+        for shorter, longer in itertools.pairwise(sorted(part, key=lambda rows: [lengths[i] for i in rows])):
+            assert max(lengths[i] for i in shorter) <= min(lengths[i] for i in longer)
+
+
+def of_lengths(lengths: Sequence[int], batch_size: int) -> Batches:
+    rows = [np.arange(length) for length in lengths]
+    examples = [{"input_ids": row, "attention_mask": np.ones_like(row), "labels": row} for row in rows]
+    padding = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    return Batches(examples, padding, batch_size, "causal-lm", "mine", "0" * 16, None, {})
+
+
+def test_every_fourth_batch_is_a_random_choice_of_the_examples():
+    """As far from all examples, in length, as the mean of as many numbers without replacement; 4 deviations."""
+    count, size, deviations = 256, 4, []
+    for seed in range(20):
+        lengths = np.random.default_rng(seed).permutation(count) + 1
+        served = [lengths[rows].mean() for rows in places(of_lengths(lengths, size))]
+        for step in (2, 4):
+            wanted = (np.var(lengths) * (step - 1) / (count - 1)) ** 0.5
+            deviations += [(np.mean(served[k::step]) - lengths.mean()) / wanted for k in range(step - 1)]
+    assert max(map(abs, deviations)) < 4
+    assert 0.7 < np.std(deviations) < 1.3
+
+
+@pytest.mark.parametrize("count", [8, 32, 100, 300])
+def test_the_first_batches_have_no_length_of_their_own(count):
+    lengths = np.random.default_rng(count).permutation(3 * count) + 1
+    served = np.array([lengths[rows].mean() for rows in places(of_lengths(lengths, 3))])
+    for first in range(4, count + 1):
+        assert 0.6 < served[:first].mean() / lengths.mean() < 1.4
+
+
+@pytest.mark.parametrize("count", [*range(12), 127, 128, 129, 300])
+def test_every_example_is_served_once_whatever_their_number(count):
+    for size in (1, 3, 40):
+        batches = of_lengths(np.arange(count) + 1, size)
+        assert sorted(i for rows in places(batches) for i in rows) == list(range(count))
+        assert len(list(batches)) == len(batches) == -(-count // size)
+
+
+def test_hardly_anything_is_spent_on_padding():
+    lengths = np.random.default_rng(0).integers(1, 129, size=1024)
+    served = [batch["input_ids"].numel() for batch in of_lengths(lengths, 8)]
+    in_order = sum(8 * max(lengths[i : i + 8]) for i in range(0, 1024, 8))
+    assert sum(served) < 1.04 * lengths.sum() < 0.6 * in_order
+
+
+@pytest.mark.parametrize(
+    ("objective", "model", "settings"),
+    [
+        ("mlm", "bert", {"max_position_embeddings": 64}),
+        ("causal-lm", "gpt2", {"n_positions": 64}),
+        ("seq2seq-lm", "t5", {}),
+        ("classification", "bert-classifier", {"max_position_embeddings": 64}),
+    ],
+)
+def test_results_are_those_of_the_examples_in_source_order(load, objective, model, settings):
+    batches, model = load(objective, num_examples=10, batch_size=3), built(model, **settings)
+    in_order = [batch for example in batches.examples for batch in replace(batches, examples=[example])]
+    found, wanted = (estimate_fisher(model, served, engine="loop", progress=False) for served in (batches, in_order))
+    assert found.num_examples == wanted.num_examples
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-6, atol=1e-12)
+    options = {"axes": 1, "points": 3, "progress": False}
+    found, wanted = (scan_landscape(model, served, **options) for served in (batches, in_order))
+    np.testing.assert_allclose(found.loss, wanted.loss, rtol=1e-6)
+    assert found.references == pytest.approx(wanted.references, rel=1e-12)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -603,7 +696,8 @@ def test_a_source_that_is_read_already(tmp_path, bert):
     source = read_source(path, objective="regression")
     assert repr(source) == "Source(a.tsv, 2 examples, no classes)"
     assert load_batches(source, bert, objective="mlm").num_examples == 2
-    assert next(iter(load_batches(source, bert, objective="regression")))["labels"].tolist() == [0.5, 2.0]
+    assert [float(e["labels"]) for e in load_batches(source, bert, objective="regression").examples] == [0.5, 2.0]
+    assert next(iter(load_batches(source, bert, objective="regression")))["labels"].tolist() == [2.0, 0.5]  # by length
     assert message(ValueError, load_batches, source, bert, objective="classification") == (
         "classification needs labels, but a.tsv was read without them; read it for classification."
     )

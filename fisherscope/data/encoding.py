@@ -26,12 +26,21 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_LENGTH = 128
 
+WINDOW = 128
+"""Batches within which examples are put together by length; a multiple of :data:`PARTS`."""
+PARTS = 4
+"""Every fourth batch, and so every other one, holds a random choice of the examples, as estimates of noise need it."""
+
 Example = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
 class Batches:
     """A fixed list of encoded examples, served in padded batches; iterating again gives the same batches.
+
+    Examples of similar length are served together, so that little is spent on padding, and yet no part of the batches
+    has a length of its own: of 128 batches at a time, in source order, every fourth one takes from a random quarter of
+    the examples, and short and long batches alternate. Any of the last 128 may be the smaller one.
 
     A batch holds ``input_ids``, ``attention_mask``, ``token_type_ids`` if the tokenizer makes them, and ``labels`` as
     the heads of Hugging Face take them: of shape ``[B, tokens]``, -100 where not scored, or of shape ``[B]`` for
@@ -40,7 +49,7 @@ class Batches:
     Attributes:
         examples: Encoded and unpadded, in source order.
         padding: What fills up each input on the right.
-        batch_size: Examples per batch; the last batch may be smaller.
+        batch_size: Examples per batch; one batch may be smaller.
         objective: What the labels are for.
         source: Name of the data, as :class:`Source` has it.
         source_fingerprint: Fingerprint of all texts and labels of the source.
@@ -64,9 +73,12 @@ class Batches:
         return f"Batches({self.source}, {self.objective}, {self.num_examples} examples in batches of {self.batch_size})"
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for start in range(0, self.num_examples, self.batch_size):
-            rows = self.examples[start : start + self.batch_size]
-            yield {name: _stacked([row[name] for row in rows], self.padding.get(name, 0)) for name in rows[0]}
+        step = WINDOW * self.batch_size
+        for start in range(0, self.num_examples, step):
+            window = self.examples[start : start + step]
+            for positions in _arranged([_length(example) for example in window], self.batch_size, seed=start // step):
+                rows = [window[i] for i in positions]
+                yield {name: _stacked([row[name] for row in rows], self.padding.get(name, 0)) for name in rows[0]}
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -90,6 +102,28 @@ class Batches:
     def with_batch_size(self, batch_size: int) -> "Batches":
         """The same examples in batches of another size."""
         return replace(self, batch_size=batch_size)
+
+
+def _length(example: Example) -> int:
+    """Tokens of the input and, where the labels are tokens, of the target: a model may run on both."""
+    return example["input_ids"].size + example["labels"].size
+
+
+def _arranged(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
+    """Positions of examples in batches of neighbours in length, within each of the parts that take turns.
+
+    Within a part the shorter and longer batches come in the order of multiples of the golden ratio modulo 1, of which
+    any few in a row, and any few at equal steps, are spread evenly.
+    """
+    generator = np.random.default_rng(seed)
+    drawn = np.split(generator.permutation(len(lengths)), range(size, len(lengths), size))
+    start, served = generator.random(), {}
+    for part in range(min(PARTS, len(drawn))):
+        members = sorted(np.concatenate(drawn[part::PARTS]).tolist(), key=lambda i: (lengths[i], i))
+        batches = [members[i : i + size] for i in range(0, len(members), size)]
+        places = (start + part / PARTS + np.arange(len(batches)) * (5**0.5 - 1) / 2) % 1
+        served |= {part + PARTS * k: batches[rank] for k, rank in enumerate(places.argsort().argsort())}
+    return [served[number] for number in range(len(drawn))]
 
 
 def _stacked(rows: Sequence[np.ndarray], value: int) -> Tensor:
