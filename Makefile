@@ -25,8 +25,10 @@ bench: $(VENV)/.dev
 
 # On a machine with a GPU and its own torch, transformers and pytest; installs nothing.
 gpu-check:
-	PYTHONPATH=. python3 -m pytest -p no:cacheprovider -W default -m gpu tests/test_gpu.py
-	PYTHONPATH=. python3 benchmarks/fisher.py --device cuda --out benchmarks/results
+	PYTHONPATH=. python3 -m pytest -p no:cacheprovider -W default -m gpu tests/test_gpu.py tests/test_kernels.py
+	PYTHONPATH=. python3 benchmarks/kernels.py --device cuda --out benchmarks/results
+	PYTHONPATH=. python3 benchmarks/fisher.py --device cuda --precision bf16 --rounds 3 --cases BERT GPT-2 --out benchmarks/results
+	PYTHONPATH=. python3 benchmarks/fisher.py --device cuda --precision tf32 --rounds 3 --cases BERT GPT-2 --out benchmarks/results
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

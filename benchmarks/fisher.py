@@ -1,124 +1,313 @@
 #!/usr/bin/env python3
-"""What a Fisher batch costs, in units of a plain forward and backward pass of the same batch.
+"""What Fisher scores of a batch cost, in units of a plain forward and backward pass of the same batch.
 
-The candidates take turns within one run, so that their ratios hold when the machine's speed drifts. Random weights:
-only time is measured here.
+The candidates of a case take turns within one process, so that their ratios hold when the machine's speed drifts; peak
+memory is that of a process of its own for each. Weights are random and nothing is padded. Every case is written as soon
+as it is done, and the same command goes on with those that are missing.
 
     python benchmarks/fisher.py --out benchmarks/results
+    python benchmarks/fisher.py --out benchmarks/results --cases GPT-2 "cost against"
 """
 
 import argparse
+import contextlib
+import ctypes
+import gc
+import importlib.metadata
 import json
+import math
+import os
 import platform
-import resource
+import re
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel
+import transformers
+from fisher_candidates import CANDIDATES, PEER_CHUNK, Batch, Candidate, Case, Run, Sums, candidates_for, zeros
+from fisher_report import markdown
 
-from fisherscope.fisher import hooks_engine, loop_engine
+from fisherscope import estimate_fisher
 from fisherscope.models import measuring
-from fisherscope.objectives import example_losses
-
-Batch = dict[str, torch.Tensor]
-
-
-def bert_base(batch_size: int, length: int) -> tuple[nn.Module, Batch, str]:
-    ids = torch.randint(1000, 30000, (batch_size, length))
-    labels = torch.where(torch.rand(ids.shape) < 0.15, ids, -100)
-    return (
-        BertForMaskedLM(BertConfig()),
-        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels},
-        "mlm",
-    )
-
-
-def gpt2(batch_size: int, length: int) -> tuple[nn.Module, Batch, str]:
-    ids = torch.randint(1000, 30000, (batch_size, length))
-    return (
-        GPT2LMHeadModel(GPT2Config()),
-        {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids},
-        "causal-lm",
-    )
-
 
 CASES = {
-    "BERT-base MLM, B=8, T=128": lambda: bert_base(8, 128),
-    "BERT-base MLM, B=32, T=16": lambda: bert_base(32, 16),
-    "GPT-2 LM, B=4, T=128": lambda: gpt2(4, 128),
+    "BERT-base MLM, B=8, T=128": Case("bert", 8, 128),
+    "BERT-base MLM, B=32, T=16": Case("bert", 32, 16),
+    "GPT-2 LM, B=4, T=128": Case("gpt2", 4, 128),
+    "T5-base, B=4, T=128 to 64": Case("t5", 4, 128, 64),
 }
-
-
-def candidates(model: nn.Module, batch: Batch, objective: str) -> dict[str, Callable[[], object]]:
-    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    hooks, loop = hooks_engine(model, objective), loop_engine(model, objective)
-
-    def plain() -> None:
-        model.zero_grad(set_to_none=True)
-        labels = {"labels": batch["labels"]}
-        model(**{k: v for k, v in batch.items() if k != "labels"}, **labels).loss.backward()
-
-    def plain_scored_rows() -> None:
-        model.zero_grad(set_to_none=True)
-        example_losses(model, batch, objective).mean.sum().backward()
-
-    return {
-        "plain": plain,
-        "plain, scored rows only": plain_scored_rows,
-        "hooks": lambda: hooks(batch, sums),
-        "loop": lambda: loop(batch, sums),
-    }
-
-
-def measure(run: Callable[[], object], device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+# Of BERT-base: the axis, and for every point the shape of a batch and how many there are.
+CURVES = {
+    "cost against T": ("length", [(Case("bert", 8, length), 1) for length in (16, 32, 64, 128, 256)]),
+    "cost against B": ("batch_size", [(Case("bert", size, 128), 1) for size in (1, 2, 4, 8, 16, 32)]),
+    "cost against N": ("examples", [(Case("bert", 8, 64), number) for number in (1, 2, 4, 8)]),
+}
+# Relative to the largest score of a parameter; who leaves out a term is off by 0.1 and more.
+TOLERANCE = {"float32": 1e-4, "tf32": 3e-2, "bf16": 0.3}
+SHORTEST_CUDA_SECONDS = 0.2  # of what is timed at once, against the jitter of the clock and of launches
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    results = {}
-    for case, make in CASES.items():
-        model, batch, objective = make()
-        model = model.to(args.device)
-        batch = {name: value.to(args.device) for name, value in batch.items()}
-        seconds: dict[str, list[float]] = {}
-        with measuring(model):
-            runs = candidates(model, batch, objective)
-            for number in range(args.rounds + 1):
-                for name, run in runs.items():
-                    elapsed = measure(run, args.device)
-                    if number:  # the first round warms up
-                        seconds.setdefault(name, []).append(elapsed)
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        results[case] = {name: {"seconds": s, "over plain": s / medians["plain"]} for name, s in medians.items()}
-        print(case, {name: round(row["over plain"], 2) for name, row in results[case].items()}, flush=True)
-    device = (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
-    facts = {"device": device, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "rounds": args.rounds}
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    args.out.mkdir(parents=True, exist_ok=True)
-    slug = "".join(c if c.isalnum() else "-" for c in device.lower())
-    out = args.out / f"fisher-{slug}-{facts['date']}.json"
-    out.write_text(json.dumps({**facts, "peak_process_mib": round(peak), "results": results}, indent=1) + "\n")
+    args = arguments()
+    warnings.simplefilter("ignore")  # of the peers, about their own insides
+    transformers.logging.set_verbosity_error()
+    torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")
+    if args.peak:
+        print(json.dumps(measure_peak(shape(CASES[args.cases[0]], args), CANDIDATES[args.peak], args)))
+        return
+    facts = facts_of(args)
+    out = args.out if args.out.suffix == ".json" else args.out / f"fisher-{slug(facts, args.quick)}.json"
+    report = json.loads(out.read_text()) if out.exists() else {**facts, "cases": {}, "curves": {}}
+    for kind, known, measure in (("cases", CASES, measure_case), ("curves", CURVES, measure_curve)):
+        for name in known:
+            if any(part in name for part in args.cases) and (args.redo or name not in report[kind]):
+                print(name, flush=True)
+                report[kind][name] = measure(name, args)
+                write(report, out)
     print(out)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="a folder, or the .json file to go on with")
+    parser.add_argument("--cases", nargs="+", default=[""], help="parts of names of cases and curves; default: all")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every candidate")
+    parser.add_argument("--redo", action="store_true", help="measure again what the file already has")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--precision", choices=TOLERANCE, default="float32", help="bf16: autocast")
+    parser.add_argument("--quick", action="store_true", help="tiny models and batches, to see that everything runs")
+    parser.add_argument("--peak", choices=CANDIDATES, help=argparse.SUPPRESS)  # what the processes of peak_of() do
+    args = parser.parse_args()
+    if args.precision == "tf32" and args.device == "cpu":
+        parser.error("tf32 needs --device cuda")
+    return args
+
+
+def facts_of(args: argparse.Namespace) -> dict[str, Any]:
+    cpu = f"{processor()}, {torch.get_num_threads()} threads"
+    return {
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
+        "precision": args.precision,
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {name: version(name) for name in ("torch", "transformers", "opacus", "triton")},
+    }
+
+
+def processor() -> str:
+    with contextlib.suppress(OSError):
+        if found := re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()):
+            return found[1]
+    return platform.machine()
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def slug(facts: Mapping[str, Any], quick: bool) -> str:
+    words = [facts["device"], facts["precision"], *(["quick"] if quick else []), facts["date"]]
+    return re.sub("[^a-z0-9]+", "-", " ".join(words).lower())
+
+
+def write(report: Mapping[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_suffix(".part")
+    temporary.write_text(json.dumps(report, indent=1) + "\n")
+    os.replace(temporary, out)
+    out.with_suffix(".md").write_text(markdown(report))
+
+
+def shape(case: Case, args: argparse.Namespace) -> Case:
+    """The case, or a small one like it that still takes more than one chunk of the peers."""
+    return small(case) if args.quick else case
+
+
+def small(case: Case) -> Case:
+    return replace(
+        case, batch_size=min(case.batch_size, PEER_CHUNK + 1), length=min(case.length, 8), target=min(case.target, 5)
+    )
+
+
+def measure_case(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    case = shape(CASES[name], args)
+    rows = timed(case, args)
+    gc.collect()  # the models of the peers are cycles
+    for candidate, row in rows.items():
+        row["note"] = CANDIDATES[candidate].note
+        if "failure" in row:
+            continue
+        row["over_plain"] = row["seconds"] / rows["plain"]["seconds"]
+        row |= errors(case, CANDIDATES[candidate], args)
+        if not args.quick or candidate in ("plain", "fisherscope"):
+            row |= peak_of(name, candidate, args)
+            row["peak_over_plain"] = row["peak_bytes"] / max(rows["plain"]["peak_bytes"], 1)
+    for candidate, row in rows.items():
+        print("  ", candidate, {key: row[key] for key in ("over_plain", "peak_over_plain", "failure") if key in row})
+    return {**asdict(case), "objective": case.objective, "rounds": args.rounds, "candidates": rows}
+
+
+def timed(case: Case, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Seconds per candidate, or how its first run failed."""
+    model, batch = case.model(args.device, args.quick), case.batch(args.device, args.quick)
+    rows: dict[str, dict[str, Any]] = {name: {} for name in candidates_for(case)}
+    runs, sums = {}, zeros(model)
+    for name, row in rows.items():
+        try:
+            own = CANDIDATES[name].model(model)
+            to = sums if own is model else zeros(own)
+            run = in_precision(CANDIDATES[name].start(own, batch, case.objective, to), args)
+            with measuring(own):
+                run()
+        except Exception as error:  # whatever a peer raises
+            row["failure"] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        else:
+            runs[name] = run
+    with measuring(model):
+        for name, seconds in in_turn(runs, args).items():
+            rows[name] |= {"seconds": statistics.median(seconds), "all_seconds": seconds}
+    return rows
+
+
+def in_precision(run: Run, args: argparse.Namespace) -> Run:
+    """A run under autocast; entered each time, since leaving it forgets the weights it has cast."""
+
+    def cast() -> None:
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
+            run()
+
+    return cast
+
+
+def in_turn(runs: Mapping[str, Run], args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of every run in every round; all runs must have warmed up."""
+    repeats = {name: 1 for name in runs}
+    if args.device == "cuda" and not args.quick:
+        repeats = {name: math.ceil(SHORTEST_CUDA_SECONDS / clock(run, 1, args.device)) for name, run in runs.items()}
+    rounds = range(1 if args.quick else args.rounds)
+    taken = [{name: clock(run, repeats[name], args.device) for name, run in runs.items()} for _ in rounds]
+    return {name: [row[name] for row in taken] for name in runs}
+
+
+def clock(run: Run, repeats: int, device: str) -> float:
+    wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    wait()
+    return (time.perf_counter() - start) / repeats
+
+
+def errors(case: Case, candidate: Candidate, args: argparse.Namespace) -> dict[str, Any]:
+    """How far the candidate is from the loop in float64, on a tiny model whose parameters have left their start."""
+    if not candidate.scores:
+        return {}
+    case = small(case)
+    model, batch = candidate.model(case.model(args.device, tiny=True)), case.batch(args.device, tiny=True)
+
+    def scores(start: Callable[..., Run], wrap: Callable[[Run], Run]) -> Sums:
+        sums = zeros(model)
+        with measuring(model):
+            wrap(start(model, batch, case.objective, sums))()
+        return sums
+
+    found = scores(candidate.start, lambda run: in_precision(run, args))
+    model.double()
+    wanted = scores(CANDIDATES["loop"].start, lambda run: run)
+    least = 1e-6 * max(float(total.max()) for total in wanted.values())  # where nothing but rounding is left
+    off = {n: float((found[n] - w).abs().max()) / max(float(w.max()), least) for n, w in wanted.items()}
+    wrong = [name for name, error in off.items() if not error <= TOLERANCE[args.precision]]
+    return {"error": max(off.values()), "wrong": wrong, "parameters": len(off)}
+
+
+def peak_of(name: str, candidate: str, args: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--out", ".", "--peak", candidate, "--cases", name, "--device", args.device]
+    command += ["--precision", args.precision, *(["--quick"] if args.quick else [])]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{candidate} ran once, but not in a process of its own: {done.stderr or done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure_peak(case: Case, candidate: Candidate, args: argparse.Namespace) -> dict[str, int]:
+    """Bytes on top of model, batch and accumulators; the second run must not add to the first."""
+    model, batch = candidate.model(case.model(args.device, args.quick)), case.batch(args.device, args.quick)
+    sums = zeros(model) if candidate.scores else {}
+    run = in_precision(candidate.start(model, batch, case.objective, sums), args)
+    memory = cuda_memory if args.device == "cuda" else process_memory
+    before = memory(reset=True)
+    with measuring(model):
+        run()
+        run()
+    weights, accumulators = (sum(t.nbytes for t in ts) for ts in (model.parameters(), sums.values()))
+    return {
+        "peak_bytes": memory(reset=False) - before,
+        "weight_bytes": weights,
+        "accumulator_bytes": accumulators,
+    }
+
+
+def cuda_memory(reset: bool) -> int:
+    if reset:
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    return torch.cuda.max_memory_allocated()
+
+
+def process_memory(reset: bool) -> int:
+    """Resident bytes now, from where a new peak counts, or that peak (Linux; ru_maxrss would keep the parent's)."""
+    if reset:
+        ctypes.CDLL(None).malloc_trim(0)  # what building the model has freed would hide what the run takes
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    found = re.search(r"VmRSS:\s*(\d+)" if reset else r"VmHWM:\s*(\d+)", status)
+    return int(found[1]) * 1024 if found else 0
+
+
+def measure_curve(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    axis, cases = CURVES[name]
+    if args.quick:
+        cases = [(small(case), number) for case, number in cases[:2]]
+    model = cases[0][0].model(args.device, args.quick)
+    points = []
+    for case, number in cases:
+        place = {**asdict(case), "examples": case.batch_size * number}[axis]
+        points.append({axis: place, **timed_point(model, case, number, axis == "examples", args)})
+        print("  ", points[-1], flush=True)
+    return {"axis": axis, **asdict(cases[0][0]), "rounds": args.rounds, "points": points}
+
+
+def timed_point(
+    model: torch.nn.Module, case: Case, number: int, whole: bool, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Seconds for some batches: the engine alone, or the whole of a run with its fixed costs."""
+    batches = [case.batch(args.device, args.quick)] * number
+    plain, engine = (every(CANDIDATES[name], model, batches, case) for name in ("plain", "fisherscope"))
+    if whole:
+        engine = partial(estimate_fisher, model, batches, objective=case.objective, progress=False)
+    runs = {"plain": in_precision(plain, args), "fisherscope": in_precision(engine, args)}
+    with measuring(model):
+        for run in runs.values():
+            run()
+        seconds = {name: statistics.median(values) for name, values in in_turn(runs, args).items()}
+    return {**seconds, "over_plain": seconds["fisherscope"] / seconds["plain"]}
+
+
+def every(candidate: Candidate, model: torch.nn.Module, batches: Sequence[Batch], case: Case) -> Run:
+    sums = zeros(model) if candidate.scores else {}
+    runs = [candidate.start(model, batch, case.objective, sums) for batch in batches]
+    return lambda: [run() for run in runs]
 
 
 if __name__ == "__main__":

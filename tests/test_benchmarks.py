@@ -1,0 +1,39 @@
+"""The benchmarks run, on tiny models; nothing is asserted of their times."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+TWICE = """
+import sys
+sys.path.insert(0, "benchmarks")
+import fisher
+fisher.main()
+print("second run")
+fisher.main()
+"""
+
+
+def test_the_fisher_benchmark_measures_goes_on_and_knows_who_is_right(tmp_path: Path) -> None:
+    options = ["--quick", "--out", str(tmp_path / "out.json"), "--cases", "GPT-2", "N"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE, *options], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert list(report["cases"]) == ["GPT-2 LM, B=4, T=128"] and list(report["curves"]) == ["cost against N"]
+    rows = report["cases"]["GPT-2 LM, B=4, T=128"]["candidates"]
+    for name in ("fisherscope", "loop", "vmap(grad)"):
+        assert rows[name]["error"] < 1e-4 and rows[name]["wrong"] == [] and rows[name]["over_plain"] > 0
+    assert "over_plain" in rows["Opacus"] or "opacus" in rows["Opacus"]["failure"]  # not everybody has it
+    assert rows["fisherscope"]["peak_bytes"] > 0 and rows["fisherscope"]["accumulator_bytes"] > 0
+    assert [point["examples"] for point in report["curves"]["cost against N"]["points"]] == [8, 16]
+    table = (tmp_path / "out.md").read_text()
+    assert all(f"| {name} |" in table for name in rows)
+    measured, again = done.stdout.split("second run")
+    assert "over_plain" in measured and "over_plain" not in again
