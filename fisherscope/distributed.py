@@ -5,14 +5,14 @@ that has made its own process group with ``torch.distributed`` needs nothing mor
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ def started(device: str | None = None) -> Iterator[str | None]:
         return
     on_gpu = torch.cuda.is_available() and device in (None, "cuda")
     device = _own_gpu() if on_gpu else device or "cpu"
-    with _together():
+    with together():
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
     yield device
     dist.destroy_process_group()  # not after an error: it would wait for the others
@@ -72,32 +72,119 @@ def is_first() -> bool:
 
 def first_says(value: T) -> T:
     """What rank 0 passed, on every rank."""
+    return said_by(0, value)
+
+
+def said_by(speaker: int, value: T) -> T:
+    """What one rank passed, on every rank."""
     if world_size() == 1:
         return value
     values = [value]
-    with _together():
-        dist.broadcast_object_list(values, src=0)
+    with together():
+        dist.broadcast_object_list(values, src=speaker)
     return values[0]
+
+
+def all_say(value: T) -> list[T]:
+    """What all ranks passed, in their order, on every rank."""
+    values: list[Any] = [value] * world_size()
+    if world_size() > 1:
+        with together():
+            dist.all_gather_object(values, value)
+    return values
 
 
 def add_up(tensor: Tensor) -> Tensor:
     """The sum over all ranks, in place, on every rank."""
     if world_size() > 1:
         sent = _sendable(tensor)
-        with _together():
+        with together():
             dist.all_reduce(sent)
         tensor.copy_(sent)
     return tensor
 
 
 def sum_at_first(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, on rank 0; what the other ranks get means nothing. The tensor itself stays as it is."""
-    if world_size() == 1:
-        return tensor
+    """The sum over all ranks, on rank 0; what the other ranks get means nothing. The tensor itself stays as it is.
+
+    Of a sharded tensor: the whole.
+    """
+    if world_size() == 1 or is_sharded(tensor):
+        return whole(tensor)
     copy = _sendable(tensor.clone())
-    with _together():
+    with together():
         dist.reduce(copy, dst=0)
     return copy
+
+
+class Gathered(Mapping[str, Tensor]):
+    """Tensors that all ranks make together, one at a time and as rank 0 asks for it; the other ranks send their part.
+
+    Attributes:
+        parts: Name to what this rank has.
+    """
+
+    def __init__(self, parts: Mapping[str, Tensor], gather: Callable[[Tensor], Tensor]) -> None:
+        """Gather by one of this module's functions."""
+        self.parts, self.gather = parts, gather
+
+    def __getitem__(self, name: str) -> Tensor:
+        """One tensor; all ranks meet here."""
+        return self.gather(self.parts[name])
+
+    def __iter__(self) -> Iterator[str]:
+        """Names."""
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self.parts)
+
+    def send(self) -> None:
+        """What the other ranks do while rank 0 goes through all items."""
+        for name in self:
+            self[name]
+
+
+def shard(model: nn.Module, device: str | None = None) -> None:
+    """Spread a model's parameters over all ranks, every numbered block on its own, as ``fully_shard`` does it.
+
+    Args:
+        model: The model; it may be in host memory, from where one block after the other goes to the device.
+        device: Of this rank.
+
+    Raises:
+        ValueError: If there is only one rank.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if not (dist.is_available() and dist.is_initialized()):
+        raise ValueError(
+            "A model is sharded over several processes, but there is only one; start the command with torchrun "
+            "--nproc_per_node N -m fisherscope."
+        )
+    mesh = init_device_mesh(torch.device(device or "cpu").type, (world_size(),))
+    blocks: list[str] = []
+    for name, module in model.named_modules():
+        is_numbered = name.rpartition(".")[2].isdigit() and next(module.parameters(), None) is not None
+        if is_numbered and not any(name.startswith(f"{outer}.") for outer in blocks):
+            blocks.append(name)
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each rank holds a part of the tensor: a ``DTensor``, as FSDP2 makes them of parameters."""
+    return hasattr(tensor, "device_mesh")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a sharded tensor, for which all ranks meet; any other as it is."""
+    if not is_sharded(tensor):
+        return tensor
+    with together():
+        return tensor.full_tensor()  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _sendable(tensor: Tensor) -> Tensor:
@@ -106,7 +193,7 @@ def _sendable(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _together() -> Iterator[None]:
+def together() -> Iterator[None]:
     """Say plainly that another process is gone; its own message says why."""
     try:
         yield

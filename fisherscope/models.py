@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from .data import padding_id
 from .data.sources import OBJECTIVES, check_objective
+from .distributed import whole
 from .storage import digest
 
 if TYPE_CHECKING:
@@ -229,13 +230,19 @@ def infer_objective(model: nn.Module) -> str:
         ValueError: If the class of the model is no known head.
     """
     inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # pyright: ignore[reportCallIssue]
-    objective = _objective_of_class(type(inner).__name__, getattr(model, "config", None))  # of PEFT: what it wraps
+    objective = _objective_of_class(_class_name(inner), getattr(model, "config", None))  # of PEFT: what it wraps
     if objective is None:
         raise ValueError(
             f"Cannot tell the objective of a {type(model).__name__}; give one of {', '.join(OBJECTIVES)}, "
             "or a function (model, batch) -> losses of shape [B]."
         )
     return objective
+
+
+def _class_name(model: nn.Module) -> str:
+    """Of the model's own class; FSDP derives another from it."""
+    names = [cls.__name__ for cls in type(model).__mro__]
+    return names[names.index("FSDPModule") + 1] if "FSDPModule" in names else names[0]
 
 
 def _objective_of_class(class_name: str, config: Any) -> str | None:
@@ -263,7 +270,7 @@ def check_head(model: nn.Module, objective: object) -> None:
     Raises:
         ValueError: If the class of the model is a known head for other objectives.
     """
-    possible = _objectives_of_class(type(model).__name__)
+    possible = _objectives_of_class(_class_name(model))
     if possible and objective in _KNOWN_HEADS and objective not in possible:
         raise ValueError(
             f"A {type(model).__name__} has a head for {' or '.join(possible)}, but the objective is {objective}; load "
@@ -301,7 +308,7 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
     return {
         **_loaded.get(model, fallback),
-        "class": type(model).__name__,
+        "class": _class_name(model),
         "fingerprint": weights_fingerprint(model),
         "backbone_fingerprint": weights_fingerprint(model, backbone_only=True),
         "prefix": backbone_prefix(model),
@@ -316,7 +323,7 @@ def weights_fingerprint(model: nn.Module, *, backbone_only: bool = False) -> str
         parameters = backbone(parameters, backbone_prefix(model))
     parts: list[bytes | str] = []
     for name, parameter in parameters.items():
-        parts += [f"{name}{tuple(parameter.shape)}", parameter.detach().float().cpu().numpy().tobytes()]
+        parts += [f"{name}{tuple(parameter.shape)}", whole(parameter.detach()).float().cpu().numpy().tobytes()]
     return digest(*parts)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import storage
+from . import distributed, storage
 from ._typing import Float
 from .models import layer_of
 from .stability import Quarters
@@ -157,11 +157,24 @@ class FisherScores(Mapping[str, Tensor]):
         return list(self.provenance.get("model", {}).get("new_parameters", []))
 
     def save(self, path: str | Path) -> None:
-        """Write an HDF5 file, complete or not at all."""
+        """Write an HDF5 file, complete or not at all.
+
+        Sharded scores are saved by all ranks together: rank 0 writes, and is sent one parameter after the other.
+        """
         attributes = {key: getattr(self, key) for key in ("estimator", "unit", "reduction", "num_examples")}
-        groups = {"scores": self.tensors} | ({} if self.first_half is None else {"first_half": self.first_half})
+        tensors = {"scores": self.tensors} | ({} if self.first_half is None else {"first_half": self.first_half})
+        groups = {key: distributed.Gathered(parts, distributed.whole) for key, parts in tensors.items()}
+        if self.is_sharded and not distributed.is_first():
+            for parts in groups.values():
+                parts.send()
+            return
         with storage.atomic(path) as temporary:
             write(temporary, groups, self.quarters, attributes, self.provenance)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each rank holds a part of every tensor, a ``DTensor``, as those of a sharded model are."""
+        return any(map(distributed.is_sharded, self.values()))
 
     @staticmethod
     def load(path: str | Path) -> "FisherScores":
@@ -266,19 +279,23 @@ def by_layer(scores: FisherScores, *, include_new: bool = False) -> dict[str, fl
 def means(
     sums: Sequence[Mapping[str, Tensor]], num_examples: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-    """Scores from sums of squares, and the share of the first where there are two sets; on the CPU.
+    """Scores from sums of squares, and the share of the first where there are two sets; on the CPU unless sharded.
 
     A second set may be empty.
     """
     first, *others = (part for part in sums if part)
     if not others:
-        return {name: (total / num_examples).cpu() for name, total in first.items()}, None
+        return {name: _on_host(total / num_examples) for name, total in first.items()}, None
     scores, shares = {}, {}
     for name, part in first.items():
         total = part + others[0][name]
-        shares[name] = torch.where(total > 0, part / total, 0).to(torch.float16).cpu()
-        scores[name] = (total / num_examples).cpu()
+        shares[name] = _on_host(torch.where(total > 0, part / total, 0).to(torch.float16))
+        scores[name] = _on_host(total / num_examples)
     return scores, shares
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor if distributed.is_sharded(tensor) else tensor.cpu()
 
 
 def write(
@@ -317,15 +334,18 @@ def read_tensors(file: h5py.File, key: str = "scores", *dtypes: str) -> dict[str
     Raises:
         WrongFile: If there are no scores, or one of the datasets is no floating-point array.
     """
+    return dict(each_tensor(file, key, *dtypes))
+
+
+def each_tensor(file: h5py.File, key: str = "scores", *dtypes: str) -> Iterator[tuple[str, Tensor]]:
+    """The same, one after the other."""
     group, dtypes = file.get(key), dtypes or ("float32", "float64")
     if group is None and key != "scores":
-        return {}
+        return
     if not isinstance(group, h5py.Group):
         raise storage.WrongFile(f"{file.filename} has no group '{key}'; make it again.")
-    tensors = {}
     for name, dataset in group.items():
         if not isinstance(dataset, h5py.Dataset) or dataset.dtype not in dtypes:
             found = f"{dataset.dtype} values" if isinstance(dataset, h5py.Dataset) else "no data set"
             raise storage.WrongFile(f"{file.filename} has {found} under '{name}', but {key} are {dtypes[0]}.")
-        tensors[name] = torch.from_numpy(np.asarray(dataset))
-    return tensors
+        yield name, torch.from_numpy(np.asarray(dataset))

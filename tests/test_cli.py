@@ -206,7 +206,7 @@ def test_info_tables(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_stability_of_a_run_is_drawn(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("fisher", *flags, "--no-halves", "--out", tmp_path / "scores.h5") == 0
+    assert run("fisher", *flags, "--out", tmp_path / "scores.h5") == 0
     assert fs.FisherScores.load(tmp_path / "scores.h5").first_half is None
     for out in ("stability.pdf", "stability.html"):
         assert run("plot", tmp_path / "scores.h5", "--kind", "stability", "--out", tmp_path / out) == 0

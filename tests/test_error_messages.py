@@ -169,8 +169,8 @@ def test_format_of_an_unknown_file(tmp_path: Path):
     [
         ("reduction", "'mean' or 'sum'"),
         ("engine", "'auto' or 'hooks' or 'loop'"),
-        ("estimator", "'empirical'"),
-        ("unit", "'sequence'"),
+        ("estimator", "'empirical' or 'sampled' or 'exact' or 'squared-batch-mean' or 'absolute-gradient'"),
+        ("unit", "'sequence' or 'token'"),
     ],
 )
 def test_options_of_a_run_are_listed(option: str, known: str):
@@ -236,8 +236,7 @@ def test_model_without_logits(bert: Case):
 def test_model_with_another_head(bert: Case):
     batch = {**batched(bert.examples, 3)[0], "labels": torch.zeros(3, dtype=torch.long)}
     sentence = (
-        "The objective classification needs one label per example and logits of shape [3, classes], but labels are [3] "
-        "and logits [3, 9, 99]; load the model with this objective."
+        "A BertForMaskedLM has a head for mlm, but the objective is classification; load the model with this objective."
     )
     refused(ValueError, sentence, example_losses, bert.model, batch, "classification")
 

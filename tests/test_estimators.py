@@ -78,8 +78,14 @@ def test_exact_expectation_over_tokens_by_hand(reduction: str):
     assert_same(scores, summed(parts, 2))
 
 
-@pytest.mark.parametrize("kind", ESTIMANDS)
-@pytest.mark.parametrize("name", ["bert", "bert-classifier", "bert-regressor", "t5"])
+AGREEING = [
+    (kind, name)
+    for kind, settings in ESTIMANDS.items()
+    for name in ("bert-classifier", "bert-regressor", *(() if settings.get("estimator") == "exact" else ("bert", "t5")))
+]  # all labels of a vocabulary take a backward pass each
+
+
+@pytest.mark.parametrize(("kind", "name"), AGREEING)
 def test_engines_agree_whatever_the_batch(kind: str, name: str):
     """Also the draws: they belong to the example, not to its batch, padding or place."""
     made = case(name, lengths=(7, 3, 5, 6))

@@ -720,3 +720,73 @@ def test_checkpoint_of_more_batches_than_there_are_is_refused(bert: Case, tmp_pa
     fisher(bert.model, batches, checkpoint=part)
     with pytest.raises(ValueError, match="was begun with other data"):
         fisher(bert.model, batches[:1], checkpoint=part)
+
+
+def few_positions(m: nn.Module, x: Tensor) -> Tensor:
+    """The gradient of the joined axis is at even positions only, which also fits the other order of joining."""
+    return m.last(m.layer(x.reshape(-1, 3)).tanh()).view(len(x), -1, 3)[:, [0, 2]]
+
+
+def one_of_two_heads(m: nn.Module, x: Tensor) -> Tensor:
+    first, second = m.one(x), m.other(x)
+    return first if x[0, 0] > 0 else second
+
+
+class OutOfSight(torch.autograd.Function):
+    """Torch functions inside are not seen by anyone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, scale = ctx.saved_tensors
+        return gradient * scale, (gradient * x).sum(0)
+
+
+def hardly_visible(m: nn.Module, x: Tensor) -> Tensor:
+    return x * m.scale + 1e-3 * OutOfSight.apply(x, m.scale)
+
+
+TRAPS: dict[str, tuple[Callable[[], nn.Module], Sequence[Example]]] = {
+    "a few positions of a joined axis": (
+        lambda: Net(few_positions, layer=nn.Linear(3, 3), last=nn.Linear(3, 3)),
+        points(10, 5, 3),
+    ),
+    "another head in later batches": (
+        lambda: Net(one_of_two_heads, one=nn.Linear(3, 3), other=nn.Linear(3, 3)),
+        [{"x": torch.cat([torch.tensor([sign]).double(), e["x"][1:]])} for sign in (1, -1) for e in points(5)],
+    ),
+    "a function of its own beside a visible use": (lambda: Net(hardly_visible, scale=weight(3)), points(10)),
+}
+
+
+@pytest.mark.parametrize("size", [1, 5])
+@pytest.mark.parametrize("kind", TRAPS)
+def test_traps(kind: str, size: int):
+    make, examples = TRAPS[kind]
+    model = moved(make())
+    assert_same(fisher(model, batched(examples, size), objective=energy), reference.fisher(model, examples, energy))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("positions", [[0], [0, 2, 4], [5]])
+def test_gradient_at_few_positions_of_gpt2(positions: list[int], size: int):
+    made = case("gpt2", lengths=[7] * 8)
+    keep = torch.isin(torch.arange(7), torch.tensor(positions) + 1)
+    examples = [{**e, "labels": torch.where(keep, e["input_ids"], IGNORED)} for e in made.examples]
+    wanted = reference.fisher(made.model, examples, "causal-lm")
+    assert_same(fisher(made.model, batched(examples, size)), wanted)
+
+
+def test_loss_that_depends_on_the_other_examples_is_taken_alone(caplog: pytest.LogCaptureFixture):
+    def contrastive(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        outputs = model(batch["x"])
+        return F.cross_entropy(outputs @ outputs.T, torch.arange(len(outputs)), reduction="none") + energy(model, batch)
+
+    model = moved(nn.Linear(3, 2))
+    scores = fisher(model, batched(points(6), 3), objective=contrastive)
+    assert_same(scores, reference.fisher(model, points(6), contrastive))
+    assert any("changes with the other examples" in record.message for record in caplog.records)

@@ -9,7 +9,7 @@ import fisherscope as fs
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "llama", "bert-classifier"])
 def test_scores_on_cuda_equal_those_on_the_cpu(name: str) -> None:
     made = case(name)
     batches = batched(made.examples, 3)
@@ -28,3 +28,48 @@ def test_landscape_on_cuda_equals_that_on_the_cpu() -> None:
     wanted = fs.scan_landscape(made.model, batches, mask=mask, points=3, progress=False)
     found = fs.scan_landscape(made.model.to("cuda"), batches, mask=mask, points=3, progress=False)
     torch.testing.assert_close(torch.tensor(found.loss), torch.tensor(wanted.loss), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [{"estimator": "sampled", "draws": 2}, {"unit": "token"}], ids=str)
+def test_estimators_on_cuda_equal_those_on_the_cpu(settings: dict) -> None:
+    """Also the drawn labels: they come from the CPU's generator."""
+    made = case("bert")
+    batches = batched(made.examples, 3)
+    wanted = fs.estimate_fisher(made.model, batches, engine="loop", progress=False, **settings)
+    found = fs.estimate_fisher(made.model.to("cuda"), batches, progress=False, **settings)
+    for parameter in wanted:
+        torch.testing.assert_close(found[parameter], wanted[parameter], rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_float32_on_cuda_is_close_to_float64(precision: str) -> None:
+    made = case("bert")
+    batches = batched(made.examples, 3)
+    wanted = fs.estimate_fisher(made.model, batches, engine="loop", progress=False)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        found = fs.estimate_fisher(made.model.float().to("cuda"), batches, progress=False)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for parameter, score in wanted.items():
+        assert (found[parameter] - score).norm() <= 3e-2 * score.norm() + 1e-9, parameter
+
+
+def test_autocast_on_cuda_is_close_to_the_loop_under_autocast() -> None:
+    made = case("bert")
+    model, batches = made.model.float().to("cuda"), batched(made.examples, 3)
+    with torch.autocast("cuda", torch.bfloat16):
+        wanted = fs.estimate_fisher(model, batches, engine="loop", progress=False)
+        found = fs.estimate_fisher(model, batches, progress=False)
+    for parameter, score in wanted.items():
+        assert (found[parameter] - score).norm() <= 0.2 * score.norm() + 1e-6, parameter
+
+
+def test_sums_on_the_host() -> None:
+    made = case("gpt2")
+    batches = batched(made.examples, 3)
+    wanted = fs.estimate_fisher(made.model, batches, progress=False)
+    found = fs.estimate_fisher(made.model.to("cuda"), batches, offload=True, progress=False)
+    for parameter in wanted:
+        torch.testing.assert_close(found[parameter], wanted[parameter], rtol=1e-6, atol=1e-12)

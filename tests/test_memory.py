@@ -444,7 +444,7 @@ def test_the_command_plans_a_built_in_model(capsys: pytest.CaptureFixture[str]):
 def test_the_command_plans_a_large_model_from_its_configuration(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps(LLAMA_8B))
-    text = printed(capsys, "--model", file, "--dtype", "bfloat16", "--batch-size", 1, "--no-halves", "--device", "cpu")
+    text = printed(capsys, "--model", file, "--dtype", "bfloat16", "--batch-size", 1, "--device", "cpu")
     assert f"{file}, causal-lm: {LLAMA_8B_ENTRIES:,} entries scored, 1 example of 128 tokens at a time\n" in text
     sizes = dict(line.rsplit("  ", 1) for line in text.splitlines()[2:])
     assert {name.strip(): size.strip() for name, size in sizes.items()}.items() >= {

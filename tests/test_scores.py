@@ -189,7 +189,7 @@ def test_summary_by_layer_and_parameter(by: str):
 
 def test_summary_has_the_means_of_both_halves():
     made = case("bert", lengths=(3, 4, 5, 6, 7))
-    scores = estimate_fisher(made.model, batched(made.examples, 1), progress=False)
+    scores = estimate_fisher(made.model, batched(made.examples, 1), halves=True, progress=False)
     for row, *halves in zip(summarize(scores), *map(summarize, scores.halves()), strict=True):
         assert row.first_half_mean == pytest.approx(halves[0].mean, rel=1e-3)
         assert row.second_half_mean == pytest.approx(halves[1].mean, rel=1e-3)

@@ -171,7 +171,7 @@ def test_quarters_of_a_larger_model_are_kept_at_sampled_entries(many: Case, monk
 
 def test_halves_are_the_scores_from_every_other_batch(many: Case):
     batches = batched(many.examples, 3)
-    for half, part in zip(fisher(many, batches).halves(), (batches[::2], batches[1::2]), strict=True):
+    for half, part in zip(fisher(many, batches, halves=True).halves(), (batches[::2], batches[1::2]), strict=True):
         wanted = fisher(many, part)
         assert half.num_examples == wanted.num_examples
         for name in wanted:
@@ -180,7 +180,7 @@ def test_halves_are_the_scores_from_every_other_batch(many: Case):
 
 def test_halves_add_up_and_cost_nothing_but_memory(many: Case):
     batches = batched(many.examples, 3)
-    kept, not_kept = fisher(many, batches), fisher(many, batches, halves=False)
+    kept, not_kept = (fisher(many, batches, halves=halves) for halves in (True, False))
     for name in kept:
         torch.testing.assert_close(kept[name], not_kept[name], rtol=1e-12, atol=1e-15)
     assert kept.stability(0.1) == not_kept.stability(0.1)
@@ -206,14 +206,14 @@ def test_the_fraction_asked_for_is_followed_too(many: Case):
 
 
 def test_stability_of_too_little_is_refused_in_a_sentence(many: Case):
-    one = fisher(many, batched(many.examples, 24))
+    one = fisher(many, batched(many.examples, 24), halves=True)
     with pytest.raises(ValueError, match="needs at least 4 batches") as error:
         one.stability(0.1)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="Two halves need two batches"):
         one.halves()
     with pytest.raises(ValueError, match="halves=True"):
-        fisher(many, batched(many.examples, 3), halves=False).halves()
+        fisher(many, batched(many.examples, 3)).halves()
     for fraction in (0.0, 1.0, 1e-9, -1.0, 2.0):
         with pytest.raises(ValueError, match="needs a fraction between 0 and 1"):
             fisher(many, batched(many.examples, 3)).stability(fraction)
@@ -223,7 +223,7 @@ def test_stability_of_too_little_is_refused_in_a_sentence(many: Case):
 
 
 def test_files_keep_halves_and_quarters(many: Case, tmp_path: Path):
-    scores = fisher(many, batched(many.examples, 2))
+    scores = fisher(many, batched(many.examples, 2), halves=True)
     scores.save(tmp_path / "scores.h5")
     loaded = FisherScores.load(tmp_path / "scores.h5")
     assert loaded.quarters is not None and scores.quarters is not None
@@ -340,7 +340,7 @@ def test_a_finished_checkpoint_without_stopping_gives_the_same_again(many: Case,
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"halves": False}, "another halves"),
+        ({"halves": True}, "another halves"),
         ({"until_stable": 0.9}, "another"),
         ({"fraction": 0.2}, "another fraction"),
     ],

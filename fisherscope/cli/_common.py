@@ -2,7 +2,7 @@
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from .. import storage
 from ..data.sources import OBJECTIVES
@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from ..data import Batches
 
 
-def add_model_and_data_flags(parser: argparse.ArgumentParser, *, num_examples: int | None = None) -> None:
-    """The keywords of ``load_model`` and ``load_batches``."""
+def add_model_and_data_flags(
+    parser: argparse.ArgumentParser, *, num_examples: int | None = None, may_choose: bool = False
+) -> None:
+    """The keywords of ``load_model`` and ``load_batches``; with ``may_choose``, the batch size may be ``auto``."""
     model = parser.add_argument_group("model")
     model.add_argument("--model", required=True, help="Hub name, local folder, or builtin:bert")
     model.add_argument("--objective", choices=OBJECTIVES, help="default: that of the checkpoint's head")
@@ -31,12 +33,33 @@ def add_model_and_data_flags(parser: argparse.ArgumentParser, *, num_examples: i
         default=num_examples,
         help="a random subset of this size" + ("; default: all" if num_examples is None else ""),
     )
-    data.add_argument("--batch-size", type=int, default=16, help="examples at once; does not change results")
+    auto = "; auto: the most that fit" if may_choose else ""
+    data.add_argument(
+        "--batch-size",
+        type=batch_size if may_choose else int,
+        default=16,
+        help=f"examples at once; does not change results{auto}",
+    )
     data.add_argument(
         "--max-length", type=int, help="tokens per example; default: 128, or fewer if the model takes fewer"
     )
     data.add_argument("--text-columns", nargs="+", metavar="COLUMN", help="one or two columns with text")
     data.add_argument("--label-column", metavar="COLUMN", help="for classification and regression")
+
+
+def add_memory_flags(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
+    """Where and how often the sums of squares are kept."""
+    parser.add_argument(
+        "--halves", action="store_true", help="also keep the scores by either half of the examples; twice the memory"
+    )
+    parser.add_argument("--offload", action="store_true", help="save device memory: keep the sums on the host")
+
+
+def batch_size(text: str) -> int | Literal["auto"]:
+    """The value of ``--batch-size`` where it may be chosen."""
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be a number of examples, or auto; got {text!r}")
+    return "auto" if text == "auto" else int(text)
 
 
 def add_output_flags(parser: argparse.ArgumentParser, *, resumable: bool = False) -> None:
@@ -104,7 +127,7 @@ def load(args: argparse.Namespace) -> "tuple[PreTrainedModel, Batches, str]":
         tokenizer,
         objective=objective,
         num_examples=args.num_examples,
-        batch_size=args.batch_size,
+        batch_size=1 if args.batch_size == "auto" else args.batch_size,  # until it is chosen
         max_length=args.max_length,
         seed=args.seed,
     )

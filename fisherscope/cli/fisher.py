@@ -4,12 +4,12 @@ import argparse
 import logging
 
 from .. import storage
-from ._common import add_model_and_data_flags, add_output_flags, load, output_is_complete
+from ._common import add_memory_flags, add_model_and_data_flags, add_output_flags, load, output_is_complete
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The keywords of ``estimate_fisher``."""
-    add_model_and_data_flags(parser)
+    add_model_and_data_flags(parser, may_choose=True)
     fisher = parser.add_argument_group("Fisher information")
     fisher.add_argument(
         "--reduction", choices=("mean", "sum"), default="mean", help="over the scored tokens of an example"
@@ -18,7 +18,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--estimator",
         choices=("empirical", "sampled", "exact", "squared-batch-mean", "absolute-gradient"),
         default="empirical",
-        help="labels of the data, drawn from the model, or all of them; or what a paper's code computes",
+        help="labels: of the data, drawn from the model, or all (few classes); or what a paper's code computes",
     )
     fisher.add_argument(
         "--unit", choices=("sequence", "token"), default="sequence", help="what one term of the mean is"
@@ -33,8 +33,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="stop when the mask agrees so well with a fresh draw: 0.95",
     )
     fisher.add_argument("--fraction", type=float, default=0.1, help="of the entries, which that mask selects")
+    add_memory_flags(fisher)
     fisher.add_argument(
-        "--no-halves", dest="halves", action="store_false", help="save memory: do not keep scores by halves of the data"
+        "--shard", action="store_true", help="spread the model over the processes of torchrun, where one is too small"
     )
     fisher.add_argument("--seed", type=int, default=0, help="of masked tokens, data subset and new heads")
     add_output_flags(parser, resumable=True)
@@ -55,8 +56,18 @@ def _estimate(args: argparse.Namespace) -> None:
     from .. import distributed
     from ..fisher import estimate_fisher
     from .info import describe_scores, describe_stability
+    from .plan import chosen, show_plan
 
+    device = args.device
+    if args.shard:
+        args.device = "cpu"  # from where one block after the other goes to the device
     model, batches, objective = load(args)
+    if args.shard:
+        distributed.shard(model, device)
+    else:
+        batches = chosen(model, batches, objective, args)
+        if distributed.is_first():
+            show_plan(model, batches, objective, args)
     part = storage.part_path(args.out)
     scores = estimate_fisher(
         model,
@@ -70,12 +81,15 @@ def _estimate(args: argparse.Namespace) -> None:
         seed=args.seed,
         engine=args.engine,
         halves=args.halves,
+        offload=args.offload,
         until_stable=args.until_stable,
         fraction=args.fraction,
         checkpoint=part,
     )
+    if distributed.is_first() or scores.is_sharded:
+        scores.save(args.out)
     if not distributed.is_first():
         return
-    scores.save(args.out)
     part.unlink(missing_ok=True)
-    print(f"{args.out}: {describe_scores(scores)}", *describe_stability(scores, args.fraction), sep="\n")
+    described = repr(scores) if scores.is_sharded else describe_scores(scores)
+    print(f"{args.out}: {described}", *describe_stability(scores, args.fraction), sep="\n")

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from .. import storage
 from ..data.sources import OBJECTIVES
-from ._common import add_general_flags
+from ._common import add_general_flags, add_memory_flags, batch_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -28,21 +28,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=int, default=128, help="tokens per example, and per target if it has one")
     add_memory_flags(parser)
     add_general_flags(parser)
-
-
-def add_memory_flags(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
-    """Where and how often the sums of squares are kept."""
-    parser.add_argument(
-        "--no-halves", dest="halves", action="store_false", help="save memory: do not keep scores by halves of the data"
-    )
-    parser.add_argument("--offload", action="store_true", help="save device memory: keep the sums on the host")
-
-
-def batch_size(text: str) -> int | Literal["auto"]:
-    """The value of ``--batch-size`` where it may be chosen."""
-    if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be a number of examples, or auto; got {text!r}")
-    return "auto" if text == "auto" else int(text)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,20 +6,24 @@ forms the per-example ones itself from each operation's inputs and the gradient 
 """
 
 import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed import whole
 from ..objectives import Batch, LossFunction, num_scored, predict
 from .contributions import Contribution, accumulate
 from .estimand import Estimand, check_finite
 from .operations import Follower, Operation, Slot, Source, on_gradient, outputs_of, with_output
 from .plan import COPIES, Plan, PlanOutdated, Step, backward, make_plan
 from .rules import SUMS, Use, contributions_of, pull_back, wide
+from .sharding import computing_parameters, own_part, zeros_of_whole
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +60,10 @@ def loop_engine(model: nn.Module, objective: str | LossFunction, estimand: Estim
         units = 0
 
         def see(name: str, gradient: Tensor) -> None:
-            gradient = gradient.to(sums[name])
+            gradient = own_part(gradient, sums[name])
             sums[name].add_(gradient.abs() if absolute else gradient.square())
 
-        for n in range(_size(batch)):
+        for n in range(size(batch)):
             example = {name: value[n : n + 1] for name, value in batch.items()}
             predictions = predict(model, example, objective)
             check_finite(predictions, first=n)
@@ -94,7 +98,7 @@ def hooks_engine(model: nn.Module, objective: str | LossFunction, estimand: Esti
 
     A parameter that no rule can do exactly goes to :func:`loop_engine`, and one log line names it.
     """
-    return _Hooks(model, objective, estimand)
+    return Hooks(model, objective, estimand)
 
 
 def rules_used(model: nn.Module, batch: Batch, objective: str | LossFunction) -> dict[str, str]:
@@ -103,13 +107,13 @@ def rules_used(model: nn.Module, batch: Batch, objective: str | LossFunction) ->
     A parameter that the loss does not depend on has ``"none"``.
     """
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    engine = _Hooks(model, objective, Estimand())
+    engine = Hooks(model, objective, Estimand())
     engine(batch, {name: torch.zeros_like(p, dtype=wide(p).dtype) for name, p in parameters.items()})
     slow = engine.plans[0].by_loop if engine.plans else frozenset()
     return {n: "loop" if n in slow else " + ".join(sorted(engine.rules[n])) or "none" for n in parameters}
 
 
-class _Hooks:
+class Hooks:
     """The fast engine and its plans: a model may do one thing with padded batches and another with full ones."""
 
     def __init__(self, model: nn.Module, objective: str | LossFunction, estimand: Estimand) -> None:
@@ -117,8 +121,10 @@ class _Hooks:
         self.loop = loop_engine(model, objective, estimand)
         self.plans: list[Plan] = []  # the one used last comes first
         self.rules: defaultdict[str, set[str]] = defaultdict(set)
+        self.late: frozenset[str] = frozenset()  # parameters of which a plan did not know all uses
 
     def __call__(self, batch: Batch, sums: Mapping[str, Tensor]) -> int:
+        """As for :class:`Engine`."""
         scored = num_scored(batch, self.objective)
         if not bool(scored.any()):
             return 0
@@ -130,11 +136,13 @@ class _Hooks:
     def _fast(self, batch: Batch, scored: Tensor, sums: Mapping[str, Tensor]) -> tuple[Plan, int]:
         for plan in self._candidates(batch, scored, sums):
             with suppress(PlanOutdated):
-                units = self._add(batch, sums, plan)
-                self.plans = [plan, *(p for p in self.plans if p is not plan)]
-                return plan, units
+                units, late = self._add(batch, sums, plan)
+                others = [p for p in self.plans if p is not plan]
+                self.plans = others if late else [plan, *others]
+                self.late |= late
+                return replace(plan, by_loop=plan.by_loop | late), units
         plan = Plan((), frozenset(sums))  # what the model does depends on more than the first examples show
-        return plan, self._add(batch, sums, plan)
+        return plan, self._add(batch, sums, plan)[0]
 
     def _candidates(self, batch: Batch, scored: Tensor, sums: Mapping[str, Tensor]) -> Iterator[Plan]:
         yield from self.plans
@@ -142,12 +150,14 @@ class _Hooks:
             self.plans.append(self._planned(batch, scored, sums))
             yield self.plans[-1]
 
-    def _add(self, batch: Batch, sums: Mapping[str, Tensor], plan: Plan) -> int:
+    def _add(self, batch: Batch, sums: Mapping[str, Tensor], plan: Plan) -> tuple[int, frozenset[str]]:
+        """The number of units, and the parameters that turned out to need the loop after all."""
+
         def sink(name: str, contributions: list[Contribution]) -> None:
             accumulate(sums[name], contributions)
 
-        recorder = _Recorder(self.model, plan, sums, _size(batch), sink, self.rules)
-        with _frozen(self.model):
+        recorder = self.recorder(plan, sums, size(batch), sink)
+        with frozen(self.model):
             with recorder:
                 predictions = predict(self.model, batch, self.objective)
                 check_finite(predictions)
@@ -155,18 +165,34 @@ class _Hooks:
             recorder.check_complete()
             for number, loss in enumerate(terms, 1):
                 recorder.backward(loss.sum(), last=number == len(terms))
-        return self.estimand.num_units(predictions)
+        if recorder.late and len(terms) > 1:  # some of their terms are in the sums already
+            raise RuntimeError(
+                f"The loss depends on '{min(recorder.late)}' in this batch, but did not in the first; use engine='loop' "
+                "for this model."
+            )
+        return self.estimand.num_units(predictions), frozenset(recorder.late)
+
+    def recorder(self, plan: Plan, sums: Mapping[str, Tensor], examples: int, sink: "Sink") -> "Recorder":
+        """What sees one forward pass by a plan."""
+        return Recorder(self.model, plan, sums, examples, sink, self.rules)
 
     def _planned(self, batch: Batch, scored: Tensor, sums: Mapping[str, Tensor]) -> Plan:
         def losses(examples: Batch) -> Tensor:
             return predict(self.model, examples, self.objective).losses().mean
 
-        known = frozenset[str]().union(*(plan.by_loop for plan in self.plans))
+        known = self.late.union(*(plan.by_loop for plan in self.plans))
         chosen = _telling(batch, scored)
-        copies = _taken(batch, [chosen[0]] * COPIES)
+        copies, examples = _taken(batch, [chosen[0]] * COPIES), _taken(batch, chosen)
         try:
+            if self._mixes(examples, losses):
+                return Plan((), frozenset(sums))
             plan = make_plan(self.model, losses, copies, list(sums), known)
-            if wrong := _Trial(self, plan, sums).wrong(_taken(batch, chosen)):
+            wrong = _Trial(self, plan, sums).wrong(examples)
+            if wrong is None:  # the examples differ in what the model does with them; the copies do not
+                wrong = _Trial(self, plan, sums).wrong(copies)
+            if wrong is None:
+                return Plan((), frozenset(sums))
+            if wrong:
                 plan = make_plan(self.model, losses, copies, list(sums), plan.by_loop | wrong)
         except ValueError:
             with torch.no_grad():  # so that the message counts examples as the batch does
@@ -180,9 +206,35 @@ class _Hooks:
             )
         return plan
 
+    def _mixes(self, examples: Batch, losses: Callable[[Batch], Tensor]) -> bool:
+        """Whether the loss of an example depends on the others of its batch; alone it is what the loop says."""
+        with torch.no_grad():
+            together = losses(examples)
+            alone = torch.cat([losses(_taken(examples, [n])) for n in range(size(examples))])
+        tolerance = _tolerance(self.model)
+        mixes = not torch.allclose(together, alone, rtol=tolerance, atol=0.01 * tolerance)
+        if mixes:
+            logger.warning(
+                "The loss of an example changes with the other examples of its batch (%.6g, but %.6g alone), so every "
+                "example is scored alone, one at a time.",
+                together[0],
+                alone[0],
+            )
+        return mixes
+
+
+def _tolerance(model: nn.Module) -> float:
+    """Largest relative difference between two ways to compute the same, by the precision they are computed in."""
+    parameter = next(model.parameters())
+    if parameter.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(parameter.device.type):
+        return 0.2
+    if parameter.dtype == torch.float64:
+        return 1e-5  # some models compute parts in float32
+    return 3e-2 if parameter.is_cuda else 1e-3  # CUDA may multiply in TF32
+
 
 def _telling(batch: Batch, scored: Tensor) -> list[int]:
-    """Up to two examples with something to score; first a padded one, if any, since padding changes what models do.
+    """Two examples with something to score; first a padded one, if any, since padding changes what models do.
 
     Of those, the longest: in a sequence of one token, attention has no gradient.
     """
@@ -191,7 +243,7 @@ def _telling(batch: Batch, scored: Tensor) -> list[int]:
         lengths = mask.flatten(1).sum(1).tolist()
         full = mask[0].numel()
         positions.sort(key=lambda n: (lengths[n] == full, -lengths[n]))
-    return positions[:2]
+    return (positions * 2)[:2]
 
 
 def _taken(batch: Batch, positions: list[int]) -> dict[str, Tensor]:
@@ -201,53 +253,69 @@ def _taken(batch: Batch, positions: list[int]) -> dict[str, Tensor]:
 class _Trial:
     """One batch by a plan, compared with the loop parameter by parameter as they arrive."""
 
-    def __init__(self, engine: _Hooks, plan: Plan, sums: Mapping[str, Tensor]) -> None:
+    def __init__(self, engine: Hooks, plan: Plan, sums: Mapping[str, Tensor]) -> None:
         self.engine, self.plan = engine, plan
         self.wanted = {name: torch.zeros_like(total) for name, total in sums.items() if name not in plan.by_loop}
-        parameter = next(engine.model.parameters())
-        low = parameter.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(parameter.device.type)
-        self.tolerance, self.floor = 0.2 if low else 1e-2, 0.0
+        self.tolerance, self.floor = _tolerance(engine.model), 0.0
         self.good: set[str] = set()
 
-    def wrong(self, examples: Batch) -> frozenset[str]:
-        """The parameters for which the plan does not give what the loop gives."""
+    def wrong(self, examples: Batch) -> frozenset[str] | None:
+        """The parameters for which the plan does not give what the loop gives; None if the plan does not fit.
+
+        Raises:
+            ValueError: If a gradient is not finite although the loss is.
+        """
         model = self.engine.model
         loop_engine(model, self.engine.objective)(examples, self.wanted)
-        self.floor = 1e-9 * max((float(t.norm()) for t in self.wanted.values()), default=0.0)
-        recorder = _Recorder(model, self.plan, self.wanted, _size(examples), self._compare, self.engine.rules)
+        for name, total in self.wanted.items():
+            if not math.isfinite(norm(total)):
+                raise ValueError(
+                    f"Every example needs a finite gradient, but that of '{name}' is not, although the loss is; check how "
+                    "the model treats padding."
+                )
+        self.floor = 1e-9 * max((norm(t) for t in self.wanted.values()), default=0.0)
+        recorder = self.engine.recorder(self.plan, self.wanted, size(examples), self._compare)
         try:
-            with _frozen(model):
+            with frozen(model):
                 with recorder:
                     loss = predict(model, examples, self.engine.objective).losses().mean.sum()
                 recorder.check_complete()
                 recorder.backward(loss, last=True)
-        except PlanOutdated:  # the examples differ in what the model does with them
-            return frozenset()
-        never = {name for name, total in self.wanted.items() if float(total.norm()) <= self.floor}
-        return frozenset(self.wanted) - self.good - never
+        except PlanOutdated:
+            return None
+        never = {name for name, total in self.wanted.items() if norm(total) <= self.floor}
+        return (frozenset(self.wanted) - self.good - never) | recorder.late
 
     def _compare(self, name: str, contributions: list[Contribution]) -> None:
-        found = torch.zeros_like(self.wanted[name])
+        found = zeros_of_whole(self.wanted[name])
         accumulate(found, contributions)
-        size, error = float(self.wanted[name].norm()), float((found - self.wanted[name]).norm())
+        found = own_part(found, self.wanted[name])
+        size, error = norm(self.wanted[name]), norm(found - self.wanted[name])
         if error <= self.tolerance * size + self.floor:
             self.good.add(name)
 
 
 def _named(model: nn.Module, names: Container[str]) -> dict[str, nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if name in names}
+    return {name: p for name, p in computing_parameters(model).items() if name in names}
 
 
-def _size(batch: Batch) -> int:
+def norm(tensor: Tensor) -> float:
+    """Of a whole tensor, sharded or not."""
+    return float(whole(tensor.norm()))
+
+
+def size(batch: Batch) -> int:
+    """Number of examples."""
     return len(next(iter(batch.values())))
 
 
 @contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """No weight needs a gradient for the length of the block."""
-    required = {p: p.requires_grad for p in model.parameters()}
+    required = {p: p.requires_grad for p in (*computing_parameters(model).values(), *model.parameters())}
     try:
-        model.requires_grad_(False)
+        for parameter in required:
+            parameter.requires_grad_(False)
         yield
     finally:
         for parameter, flag in required.items():
@@ -257,7 +325,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 Sink = Callable[[str, list[Contribution]], None]
 
 
-class _Recorder(Follower):
+class Recorder(Follower):
     """Sees one forward pass by a plan, and passes every parameter's contributions on as soon as all are in."""
 
     def __init__(
@@ -269,7 +337,7 @@ class _Recorder(Follower):
         sink: Sink,
         rules: Mapping[str, set[str]],
     ) -> None:
-        names = {id(p): n for n, p in model.named_parameters() if n in sums and n not in plan.by_loop}
+        names = {id(p): n for n, p in _named(model, sums).items() if n not in plan.by_loop}
         super().__init__(names)
         self.model = model
         self.plan, self.examples, self.sink, self.rules = plan, examples, sink, rules
@@ -278,6 +346,8 @@ class _Recorder(Follower):
         self.arrived: defaultdict[str | int, list[tuple[int, Contribution]]] = defaultdict(list)
         self.counts: Counter[str | int] = Counter()
         self.last = False
+        self.uncertain = frozenset[str]().union(*(step.roots for step in plan.steps))
+        self.late: set[str] = set()
 
     def note(self, operation: Operation, sources: Mapping[Slot, Source], result: Any) -> Any:
         """Compare with the plan and do what it says."""
@@ -291,6 +361,9 @@ class _Recorder(Follower):
         elif step.kind == "use":
             output = outputs[step.outputs[0]]
             return with_output(result, output, self._use(step, operation, output))
+        elif not operation.in_place:
+            for k in step.outputs:
+                result = with_output(result, outputs[k], self._watch(step, outputs[k]))
         return result
 
     def check_complete(self) -> None:
@@ -319,7 +392,10 @@ class _Recorder(Follower):
         while steps := [k for k in self.arrived if isinstance(k, int)]:
             self._settle(max(steps))  # a use that the loss does not depend on never arrives
         for name in [k for k in self.arrived if isinstance(k, str)]:
-            self._settle(name)
+            if name in self.late:
+                del self.arrived[name]
+            else:
+                self._settle(name)
         self.counts.clear()
 
     def _share(self, number: int, step: Step, operation: Operation, outputs: list[Tensor]) -> None:
@@ -338,6 +414,17 @@ class _Recorder(Follower):
                 raise PlanOutdated  # it is the model's own tensor that would have to want a gradient
             output = output.detach().requires_grad_().clone()  # no leaf: the model may change it in place
         on_gradient(output, self._arrive(step, operation))
+        return output
+
+    def _watch(self, step: Step, output: Tensor) -> Tensor:
+        """Notice when the loss depends on what it did not depend on in the experiment."""
+
+        def see(gradient: Tensor) -> None:
+            if bool(gradient.any()):
+                self.late |= step.roots
+
+        output = output if output.requires_grad else output.detach().requires_grad_().clone()
+        on_gradient(output, see)
         return output
 
     def _arrive(self, step: Step, operation: Operation) -> Callable[[Tensor], None]:
@@ -367,7 +454,7 @@ class _Recorder(Follower):
             self.rules[source].add(rule)
         self.arrived[key] += [(output, c) for c in contributions]
         self.counts[key] += 1
-        if self.counts[key] == self.plan.arrivals[key]:
+        if self.counts[key] == self.plan.arrivals[key] and key not in self.uncertain:
             self._settle(key)
 
     def _settle(self, key: str | int) -> None:

@@ -75,10 +75,13 @@ class Estimand:
             if getattr(self, name) not in get_args(known):
                 options = " or ".join(map(repr, get_args(known)))
                 raise ValueError(f"{name} must be {options}, got {getattr(self, name)!r}.")
-        if self.draws < 1 or (self.draws > 1 and self.estimator != "sampled"):
-            raise ValueError(f"draws must be at least 1, and more only for the estimator sampled, got {self.draws}.")
-        if self.tokens is not None and (self.tokens < 1 or self.unit != "token"):
-            raise ValueError(f"tokens must be at least 1, and is only for the unit token, got {self.tokens}.")
+        for name, value in (("draws", self.draws), ("tokens", self.tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.draws > 1 and self.estimator != "sampled":
+            raise ValueError(f"Several draws need the estimator sampled, but it is {self.estimator}.")
+        if self.tokens is not None and self.unit != "token":
+            raise ValueError(f"A number of tokens needs the unit token, but it is {self.unit}.")
         if self.estimator in PUBLISHED and self.unit != "sequence":
             raise ValueError(f"The estimator {self.estimator} is only for the unit sequence, got {self.unit!r}.")
 
@@ -143,7 +146,8 @@ class Estimand:
         roots = predictions.outputs.detach().softmax(-1).sqrt()
         for label in range(classes):
             labels = torch.where(predictions.labels == IGNORED, IGNORED, label)
-            losses = predictions.losses_for(labels) * roots[..., label]
+            weight = roots[..., label]
+            losses = torch.where(weight > 0, predictions.losses_for(labels) * weight, 0.0)  # not infinity times 0
             if single:
                 yield losses
             else:  # one token at a time: the terms between tokens have expectation 0

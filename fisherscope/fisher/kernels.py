@@ -86,10 +86,13 @@ def compact(
     """The rows of all examples one after the other, without those where ``left`` is zero: padding, unscored positions.
 
     Returns:
-        ``left``, ``right`` and ``offsets`` of :func:`accumulate_products`.
+        ``left``, ``right`` and ``offsets`` of :func:`accumulate_products`; views where nothing is left out.
     """
-    kept = (left != 0).any(-1)
-    return left[kept], right[kept], F.pad(kept.sum(1).cumsum(0), (1, 0))
+    kept = torch.linalg.vector_norm(left, float("inf"), dim=-1) != 0  # one pass over what may be a vocabulary wide
+    offsets = F.pad(kept.sum(1).cumsum(0), (1, 0))
+    if bool(kept.all()):
+        return left.flatten(0, 1), right.flatten(0, 1), offsets
+    return left[kept], right[kept], offsets
 
 
 Accumulate = Callable[[Tensor, Tensor, Tensor, Tensor], None]

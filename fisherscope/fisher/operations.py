@@ -29,6 +29,13 @@ _DATA_DEPENDENT = frozenset(
 )
 
 
+_HANDED_ON = "RegisterPostBackwardFunctionBackward"
+"""FSDP hands a sharded module copies of its inputs, all made by this node, to learn when the module is done."""
+
+_BASE_OF_VIEW: Any = Tensor._base.__get__  # pyright: ignore
+"""What a tensor is a view of: FSDP looks at it, and nobody computes with it."""
+
+
 @dataclass(frozen=True)
 class Operation:
     """One call of a torch function.
@@ -87,6 +94,7 @@ class Follower(TorchFunctionMode):
         super().__init__()
         self._names = names
         self._followed: dict[int, tuple[weakref.ref[Tensor], Source]] = {}
+        self._nodes: dict[tuple[object, int], Source] = {}
         self.data_dependent = False
         self.without_gradient = False
 
@@ -97,6 +105,8 @@ class Follower(TorchFunctionMode):
     def follow(self, tensor: Tensor, source: Source) -> None:
         """Tell of uses of this tensor as well."""
         self._followed[id(tensor)] = (weakref.ref(tensor), source)
+        if tensor.grad_fn is not None:
+            self._nodes[tensor.grad_fn, tensor.output_nr] = source
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and note it."""
@@ -104,7 +114,7 @@ class Follower(TorchFunctionMode):
         if function in _DATA_DEPENDENT or (function is Tensor.__getitem__ and _by_mask(args[1])):
             self.data_dependent = True
         sources = {slot: source for slot, t in _tensors(args, kwargs) if (source := self._source(t)) is not None}
-        if not sources:
+        if not sources or function == _BASE_OF_VIEW:
             return function(*args, **kwargs)
         if not torch.is_grad_enabled():
             self.without_gradient = True
@@ -123,7 +133,11 @@ class Follower(TorchFunctionMode):
         if (name := self._names.get(id(tensor))) is not None:
             return name
         reference, source = self._followed.get(id(tensor), (None, None))
-        return source if reference is not None and reference() is tensor else None
+        if reference is not None and reference() is tensor:
+            return source
+        if tensor.grad_fn is not None and tensor.grad_fn.name() == _HANDED_ON:
+            return self._nodes.get(tensor.grad_fn.next_functions[tensor.output_nr])
+        return None
 
 
 def outputs_of(result: Any) -> list[Tensor]:

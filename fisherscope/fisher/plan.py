@@ -21,6 +21,7 @@ from ..objectives import Batch
 from .layout import ByExample, layouts_holding
 from .operations import Follower, Operation, Slot, Source, on_gradient, outputs_of
 from .rules import LINEAR_IN_PLACE, SUMS
+from .sharding import computing_parameters, local
 
 logger = logging.getLogger(__name__)
 
@@ -43,10 +44,11 @@ class Step:
         function: What is called.
         sources: The followed inputs: parameters, and outputs of earlier steps.
         kind: ``"use"``: the output is indexed by example. ``"shared"``: it is not, and is followed in turn.
-            ``"inert"``: the loss does not depend on it.
+            ``"inert"``: the loss did not depend on it in the experiment.
         layout: Of a use: where the examples are in the output.
-        outputs: The outputs that matter.
+        outputs: The outputs that matter; of an inert step, those that a gradient might come back to after all.
         lengths: First axis of the outputs of a shared step, None where there is none.
+        roots: Of an inert step: the parameters it is made of.
     """
 
     function: Callable[..., Any]
@@ -55,6 +57,7 @@ class Step:
     layout: ByExample | None = None
     outputs: tuple[int, ...] = ()
     lengths: tuple[int | None, ...] = ()
+    roots: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,8 @@ def make_plan(model: nn.Module, losses: Losses, examples: Batch, names: Sequence
     """
     with _nowhere_zero(model):
         while True:
-            wanted = {id(p): name for name, p in model.named_parameters() if name in names and name not in slow}
+            parameters = computing_parameters(model)
+            wanted = {id(p): name for name, p in parameters.items() if name in names and name not in slow}
             first, second = (_experiment(model, losses, examples, wanted, n) for n in (0, 1))
             steps, unclear = _steps(first, second)
             if not unclear:
@@ -101,16 +105,17 @@ def make_plan(model: nn.Module, losses: Losses, examples: Batch, names: Sequence
 @contextmanager
 def _nowhere_zero(model: nn.Module) -> Iterator[None]:
     """Small random values in parameters that are zero all over: behind them, gradients would vanish."""
-    kept = {p: p.detach().clone() for p in model.parameters() if p.is_floating_point() and not bool(p.any())}
+    own = [local(p.detach()) for p in model.parameters()]
+    kept = [(p, p.clone()) for p in own if p.is_floating_point() and not bool(p.any())]
     try:
         with torch.no_grad():
-            for i, p in enumerate(kept):
+            for i, (p, _) in enumerate(kept):
                 draw = torch.Generator().manual_seed(i)
                 p.copy_(torch.randn(p.shape, generator=draw).mul_(0.02))
         yield
     finally:
         with torch.no_grad():
-            for p, values in kept.items():
+            for p, values in kept:
                 p.copy_(values)
 
 
@@ -123,6 +128,7 @@ class _Entry:
     writes_only: bool
     sources: dict[Slot, Source]
     lengths: list[int | None]
+    differentiable: list[bool]
     layouts: list[set[ByExample] | None]
     vanished: list[bool]
 
@@ -149,6 +155,7 @@ class _Experiment(Follower):
             not outputs,
             dict(sources),
             lengths,
+            [tensor.grad_fn is not None for tensor in outputs],
             [None] * count,
             [False] * count,
         )
@@ -168,10 +175,10 @@ class _Experiment(Follower):
 
 
 def _experiment(model: nn.Module, losses: Losses, examples: Batch, names: Mapping[int, str], n: int) -> _Experiment:
+    parameters = {name: p for name, p in computing_parameters(model).items() if p.requires_grad}
     with torch.enable_grad(), _Experiment(names, n) as experiment:
         loss = losses(examples)[n]
     with experiment if experiment.without_gradient else nullcontext():
-        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         backward(model, loss, parameters, lambda name, gradient: None)
     return experiment
 
@@ -241,18 +248,22 @@ def _steps(first: _Experiment, second: _Experiment) -> tuple[list[Step], frozens
     """The operations that matter, and the parameters whose way to the loss is unclear."""
     if [e.signature for e in first.entries] != [e.signature for e in second.entries]:
         return [], frozenset(first._names.values())  # the model does not do the same thing twice
+    found = [[_held(*pair, k) for k in range(len(pair[0].layouts))] for pair in _pairs(first, second)]
+    orders = _merging_orders(found)
+    if first.data_dependent or second.data_dependent:
+        orders = frozenset()
     steps: list[Step] = []
     unclear: set[str] = set()
     live: dict[Source, Source] = {}  # what is followed in a run, by what it was in the experiment
-    origins: dict[Source, set[str]] = {}
-    merged_is_safe = not (first.data_dependent or second.data_dependent)
-    for i, (one, other) in enumerate(zip(first.entries, second.entries, strict=True)):
+    origins: dict[Source, frozenset[str]] = {}
+    for i, (one, other) in enumerate(_pairs(first, second)):
         kept = {slot: live.get(s, s) for slot, s in one.sources.items() if isinstance(s, str) or s in live}
         if not kept:
             continue
-        roots = {n for s in one.sources.values() for n in ({s} if isinstance(s, str) else origins.get(s, set()))}
-        kinds: list[Kind] = [_kind(one, other, k, merged_is_safe) for k in range(len(one.layouts))]
-        step = _step(one, kept, kinds, mixes=len(kept) < len(one.sources))
+        named = (frozenset([s]) if isinstance(s, str) else origins.get(s, frozenset()) for s in one.sources.values())
+        roots = frozenset[str]().union(*named)
+        kinds: list[Kind] = [_kind(one, other, k, found[i][k], orders) for k in range(len(one.layouts))]
+        step = _step(one, kept, kinds, roots, mixes=len(kept) < len(one.sources))
         if step is None:
             unclear |= roots
             continue
@@ -263,19 +274,40 @@ def _steps(first: _Experiment, second: _Experiment) -> tuple[list[Step], frozens
     return steps, frozenset(unclear)
 
 
-def _kind(one: _Entry, other: _Entry, output: int, merged_is_safe: bool) -> Kind:
+def _pairs(first: _Experiment, second: _Experiment) -> Iterator[tuple[_Entry, _Entry]]:
+    return zip(first.entries, second.entries, strict=True)
+
+
+def _held(one: _Entry, other: _Entry, output: int) -> set[ByExample]:
+    """The layouts that fit both gradients."""
+    return (one.layouts[output] or set()) & (other.layouts[output] or set())
+
+
+def _merging_orders(found: Sequence[Sequence[set[ByExample]]]) -> frozenset[str]:
+    """How this model merges examples with positions, told by the outputs that leave no doubt.
+
+    A gradient at a few positions only, such as that of a class token, may fit either order.
+    """
+    clear = (layouts for entry in found for layouts in entry if len(layouts) == 1)
+    return frozenset(merged for layouts in clear for layout in layouts if (merged := layout.merged))
+
+
+def _kind(one: _Entry, other: _Entry, output: int, held: set[ByExample], orders: frozenset[str]) -> Kind:
     a, b = one.layouts[output], other.layouts[output]
     if a is None and b is None:
         return "inert"
     if a is None or b is None or one.vanished[output] or other.vanished[output]:
         return "unclear"
-    both = sorted(a & b, key=lambda layout: (layout.merged is not None, layout.axis))
-    if not both:
+    if not held:
         return "shared"
-    return both[0] if merged_is_safe or both[0].merged is None else "unclear"
+    plain = [layout for layout in held if layout.merged is None]
+    possible = plain or [layout for layout in held if layout.merged in orders]
+    return possible[0] if len(possible) == 1 else "unclear"
 
 
-def _step(entry: _Entry, sources: Mapping[Slot, Source], kinds: Sequence[Kind], *, mixes: bool) -> Step | None:
+def _step(
+    entry: _Entry, sources: Mapping[Slot, Source], kinds: Sequence[Kind], roots: frozenset[str], *, mixes: bool
+) -> Step | None:
     """None: unclear."""
     function = entry.function
     outputs = tuple(k for k, kind in enumerate(kinds) if kind != "inert")
@@ -283,7 +315,8 @@ def _step(entry: _Entry, sources: Mapping[Slot, Source], kinds: Sequence[Kind], 
     if entry.writes_only:
         return None
     if not found:
-        return Step(function, sources, "inert")
+        unused = tuple(k for k, differentiable in enumerate(entry.differentiable) if differentiable)
+        return Step(function, sources, "inert", None, unused, roots=roots)
     if found == {"shared"} and not mixes and (not entry.in_place or _scales(entry, sources)):
         return Step(function, sources, "shared", None, outputs, tuple(entry.lengths))
     layout = kinds[outputs[0]]

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -13,11 +13,13 @@ from torch import nn
 from .. import distributed, storage
 from .._progress import progress_bar
 from ..data import BatchDigest, Batches, describe_batches
-from ..models import check_head, describe, infer_objective, measuring
+from ..models import check_head, describe, device_of, infer_objective, measuring
 from ..objectives import Batch, LossFunction, num_scored
 from ..scores import Estimator, FisherScores, Reduction, Unit
 from .engines import Engine, batch_mean_engine, hooks_engine, loop_engine
 from .estimand import PUBLISHED, Estimand
+from .halving import within_memory
+from .sharded import sharded_engine
 from .state import State
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,8 @@ def estimate_fisher(
     tokens: int | None = None,
     seed: int = 0,
     engine: EngineName = "auto",
-    halves: bool = True,
+    halves: bool = False,
+    offload: bool = False,
     until_stable: float | None = None,
     fraction: float = 0.1,
     progress: bool = True,
@@ -54,7 +57,8 @@ def estimate_fisher(
     parameter are added before squaring. The model is left as it was.
 
     In a process group of ``torch.distributed`` every rank must call it with the same model and batches: each computes
-    its share of the batches, rank 0 alone keeps the checkpoint, and all get the same scores.
+    its share of the batches, rank 0 alone keeps the checkpoint, and all get the same scores. Those of a model that
+    is sharded by ``torch.distributed.fsdp.fully_shard`` are sharded alike (``DTensor``); save them on all ranks.
 
     Args:
         model: Any ``nn.Module``; the parameters that require a gradient are scored.
@@ -66,8 +70,8 @@ def estimate_fisher(
             unbiased for the Fisher information. ``"exact"``: the expectation over all labels, one backward pass per
             class. ``"squared-batch-mean"`` and ``"absolute-gradient"`` are what published code computes; formulas
             in :class:`Estimand`.
-        unit: ``"sequence"``: every example is one term of the sum. ``"token"``: every scored token is, at the price of a
-            backward pass per token.
+        unit: ``"sequence"``: every example is one term of the sum. ``"token"``: every scored token is, at the price of
+            a backward pass per token.
         reduction: Whether :math:`\ell_n` is the ``"mean"`` or the ``"sum"`` over the example's scored tokens.
         draws: Label draws per example for ``"sampled"``; they share one forward pass.
         tokens: For the unit ``"token"``: so many random tokens of every example stand for all of them, without bias.
@@ -75,6 +79,7 @@ def estimate_fisher(
         engine: ``"loop"`` is one backward pass per example, ``"hooks"`` the batched engine; ``"auto"`` means hooks.
         halves: Whether to keep the scores from either half of the examples apart (``FisherScores.halves``), which takes
             the memory of the scores once more; ``stability`` does not need them.
+        offload: Whether to keep the sums on the host, to save memory of the device.
         until_stable: Stop as soon as the mask of the top ``fraction`` is so stable: the expected overlap with that of
             a fresh draw of as many examples (:meth:`FisherScores.stability`), such as 0.95. It is looked at after 8
             batches and a quarter later each time. Batches of :func:`load_batches` are then taken in random order, so
@@ -100,7 +105,10 @@ def estimate_fisher(
     if not scored:
         raise ValueError("A Fisher run scores the parameters that require a gradient, but this model has none.")
     estimand = Estimand(estimator, unit, reduction, draws, tokens, seed)
-    make_engine = _engine(engine, estimand)
+    is_sharded = any(map(distributed.is_sharded, scored.values()))
+    make_engine = _engine(engine, estimand, is_sharded)
+    if offload and is_sharded:
+        raise ValueError("The sums of a sharded model stay on its devices; leave out offload.")
     for name, share in (("until_stable", until_stable), ("fraction", fraction)):
         if share is not None and not 0 < share < 1:
             raise ValueError(f"{name} must be between 0 and 1, got {share:g}.")
@@ -110,13 +118,18 @@ def estimate_fisher(
     facts = _facts(model, batches, objective, estimand, make_engine.__name__, halves, stopping)
     _check_same_on_all_ranks(facts)
     path = Path(checkpoint) if checkpoint else None
-    goes_on = path is not None and distributed.is_first()
-    state = State.resume(path, scored, halves, fraction, facts) if goes_on else State.start(scored, halves, fraction)
+    if path and (distributed.is_first() or is_sharded):
+        state = State.resume(path, scored, halves, fraction, facts, offload=offload)
+    else:
+        state = State.start(scored, halves, fraction, offload=offload)
     state.join()
     if until_stable is not None and fraction not in state.quarters.fractions:
         raise ValueError(f"fraction must select some and not all of the entries, but {fraction:g} does not.")
+    add = make_engine(model, objective, estimand)
+    if not is_sharded and estimator != "squared-batch-mean":  # whose result depends on the size of the batches
+        add = within_memory(add, rehearse=device_of(model).type == "cuda")
     with measuring(model):
-        _run(make_engine(model, objective, estimand), batches, objective, state, facts, path, progress)
+        _run(add, batches, objective, state, facts, path, progress)
     if not state.used:
         raise ValueError(
             "None of the examples has a scored token (a label that is not -100); check labels and objective."
@@ -132,11 +145,17 @@ def estimate_fisher(
     return scores
 
 
-def _engine(name: EngineName, estimand: Estimand) -> Callable[[nn.Module, str | LossFunction, Estimand], Engine]:
+def _engine(
+    name: EngineName, estimand: Estimand, sharded: bool
+) -> Callable[[nn.Module, str | LossFunction, Estimand], Engine]:
     if name not in get_args(EngineName):
         raise ValueError(f"engine must be {' or '.join(map(repr, get_args(EngineName)))}, got {name!r}.")
     if name == "hooks" and estimand.estimator in PUBLISHED:
         raise ValueError(f"The estimator {estimand.estimator} has no fast engine; leave out the engine.")
+    if sharded and (name == "loop" or estimand.estimator in PUBLISHED):
+        raise ValueError("Sharded parameters have only the fast engine, and not the estimators of published code.")
+    if sharded:
+        return sharded_engine
     if estimand.estimator == "squared-batch-mean":
         return batch_mean_engine
     return loop_engine if name == "loop" or estimand.estimator in PUBLISHED else hooks_engine
@@ -158,7 +177,7 @@ def _facts(
         "model": describe(model),
         "data": describe_batches(batches),
         "objective": objective if isinstance(objective, str) else getattr(objective, "__qualname__", "a function"),
-        "engine": engine.removesuffix("_engine"),
+        "engine": "hooks" if engine == "sharded_engine" else engine.removesuffix("_engine"),
         "draws": settings,
         "stopping": stopping,
     }
@@ -206,24 +225,15 @@ def _run(
     checkpoint: Path | None,
     shown: bool,
 ) -> None:
-    total, done, number = getattr(batches, "num_examples", None), state.batches, 0
-    digest, next_save = BatchDigest(), time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
+    total, next_save = getattr(batches, "num_examples", None), time.monotonic() + SECONDS_BETWEEN_CHECKPOINTS
     with progress_bar(total, "Fisher", "example", done=state.seen, shown=shown and distributed.is_first()) as bar:
-        for number, batch in enumerate(batches, 1):
-            if number > done and _has_settled(state, facts):
-                break
-            digest.update(batch)
-            if number == done and str(digest) != state.digest:
-                raise _other_data(checkpoint)
-            if number <= done:
-                continue
+        for batches_of_round, digest in _rounds(batches, state, facts, checkpoint):
             before = state.seen
-            state.add(add, batch, str(digest), int((num_scored(batch, objective) == 0).sum()))
+            skipped = sum(int((num_scored(batch, objective) == 0).sum()) for batch in batches_of_round)
+            state.add(add, batches_of_round, digest, skipped)
             bar.update(state.seen - before)
-            if checkpoint and _is_due(number, next_save):
+            if checkpoint and distributed.first_says(time.monotonic() >= next_save):
                 next_save = _save(state, checkpoint, facts)
-    if number < done:
-        raise _other_data(checkpoint)
     if distributed.first_says(state.digest) != state.digest:
         raise ValueError("All ranks share one run, but they were given different batches; give every rank the same.")
     if checkpoint:
@@ -231,9 +241,26 @@ def _run(
     state.unite()
 
 
-def _is_due(number: int, moment: float) -> bool:
-    """Whether it is time to save by the clock of rank 0, who is asked when every rank has done a batch."""
-    return number % distributed.world_size() == 0 and distributed.first_says(time.monotonic() >= moment)
+def _rounds(
+    batches: Iterable[Batch], state: State, facts: Mapping[str, Any], checkpoint: Path | None
+) -> Iterator[tuple[list[Batch], str]]:
+    """The batches still to be done, one per rank at a time, and a fingerprint of all up to there."""
+    done, number, digest, waiting = state.batches, 0, BatchDigest(), list[Batch]()
+    for number, batch in enumerate(batches, 1):
+        if number > done and not waiting and _has_settled(state, facts):
+            break
+        digest.update(batch)
+        if number == done and str(digest) != state.digest:
+            raise _other_data(checkpoint)
+        if number > done:
+            waiting.append(batch)
+        if waiting and state.ends_round(number):
+            yield waiting, str(digest)
+            waiting = []
+    if number < done:
+        raise _other_data(checkpoint)
+    if waiting:
+        yield waiting, str(digest)
 
 
 def _has_settled(state: State, facts: Mapping[str, Any]) -> bool:

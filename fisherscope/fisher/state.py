@@ -2,19 +2,21 @@
 
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import torch
 from torch import Tensor, nn
 
 from .. import distributed, storage
 from ..objectives import Batch
-from ..scores import FORMAT, means, read_tensors, write
+from ..scores import FORMAT, each_tensor, means, write
 from ..stability import PARTS, Quarters, sampled_positions
 from .engines import Engine
+from .sharding import Shards, own_part
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ FIRST_MOMENT = 8
 class State:
     """How far a run has come.
 
-    With several ranks, batch number b is done by rank b modulo their number, and ``sums``, ``quarters.sums``,
+    With several ranks, each does one batch of every round, and ``sums``, ``quarters.sums``,
     ``quarters.num_examples`` and ``used`` are this rank's share, until :meth:`unite`; everything else is of all ranks.
 
     Attributes:
@@ -53,32 +55,62 @@ class State:
     skipped: int = 0
 
     @staticmethod
-    def start(scored: Mapping[str, nn.Parameter], halves: bool, fraction: float) -> "State":
+    def start(scored: Mapping[str, nn.Parameter], halves: bool, fraction: float, *, offload: bool = False) -> "State":
         """Nothing done yet."""
 
         def wide(p: Tensor) -> torch.dtype:
             return torch.float64 if p.dtype == torch.float64 else torch.float32
 
-        sums = tuple({n: torch.zeros_like(p, dtype=wide(p)) for n, p in scored.items()} for _ in range(1 + halves))
+        def zeros(p: Tensor) -> Tensor:
+            return torch.zeros_like(p, dtype=wide(p), device="cpu" if offload else p.device)
+
+        sums = tuple({name: zeros(p) for name, p in scored.items()} for _ in range(1 + halves))
         return State(sums, *_empty_quarters(scored, fraction))
 
-    def add(self, engine: Engine, batch: Batch, digest: str, skipped: int) -> None:
-        """Add one batch, if it is this rank's, and note the stability when it is time to."""
-        if self.batches % distributed.world_size() == distributed.rank():
-            self._add_own(engine, batch)
-        self.digest, self.batches = digest, self.batches + 1
-        self.seen, self.skipped = self.seen + len(next(iter(batch.values()))), self.skipped + skipped
+    def add(self, engine: Engine, batches: Sequence[Batch], digest: str, skipped: int) -> None:
+        """Add one batch per rank, or fewer, and note the stability when it is time to."""
+        has_one = distributed.rank() < len(batches)
+        batch, number = batches[distributed.rank()] if has_one else {}, self.batches + distributed.rank()
+        if self.is_sharded:
+            self._add_to_shards(engine, batch, number)
+        elif has_one:
+            self._add_own(engine, batch, number)
+        self.digest, self.batches = digest, self.batches + len(batches)
+        self.seen += sum(len(next(iter(batch.values()))) for batch in batches)
+        self.skipped += skipped
         if _is_moment(self.batches) and (quarters := self._quarters_of_all()).are_filled:
             self.quarters = replace(self.quarters, history=distributed.first_says(quarters.noted().history))
 
-    def _add_own(self, engine: Engine, batch: Batch) -> None:
-        part, quarter = self.sums[self.batches % len(self.sums)], self.batches % PARTS
+    def ends_round(self, number: int) -> bool:
+        """Whether the batches since the last :meth:`add`, up to this number of them in all, are to be added now."""
+        return number - self.batches == distributed.world_size() or _is_moment(number)
+
+    def _add_own(self, engine: Engine, batch: Batch, number: int) -> None:
+        part, quarter = self.sums[number % len(self.sums)], number % PARTS
         used = engine(batch, part)
+        sampled = self._sampled(part)
+        if not bool(torch.isfinite(sampled).all()):  # before hours more are spent on it
+            raise ValueError(
+                f"Every example needs a finite gradient, but batch {number + 1} has others, although its losses are "
+                "finite; check the model's weights and how it treats padding."
+            )
         same_sums = [k for k in range(quarter % len(self.sums), PARTS, len(self.sums)) if k != quarter]
         # Rounded twice, but never below 0: the sum of the others is not above the sum of all.
-        row = (self._sampled(part) - self.quarters.sums[same_sums].sum(dim=0)).clamp_(min=0)
+        row = (sampled - self.quarters.sums[same_sums].sum(dim=0)).clamp_(min=0)
         self.quarters = self.quarters.updated(quarter, row, used)
         self.used += used
+
+    def _add_to_shards(self, engine: Engine, batch: Batch, number: int) -> None:
+        shards = Shards(self.sums, number % len(self.sums), self.positions)
+        used, quarter = engine(batch, shards), number % PARTS
+        row = torch.cat(list(shards.row.values()))
+        self.quarters = self.quarters.updated(quarter, self.quarters.sums[quarter] + row, used)
+        self.used += used
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the sums are sharded as the model is; then they are of all ranks."""
+        return any(map(distributed.is_sharded, self.sums[0].values()))
 
     def _quarters_of_all(self) -> Quarters:
         counts = distributed.add_up(torch.tensor(self.quarters.num_examples)).tolist()
@@ -88,15 +120,19 @@ class State:
         """Let all ranks know how far rank 0 is; the sums so far stay its share."""
         progress = (self.digest, self.batches, self.seen, self.skipped, self.quarters.history)
         self.digest, self.batches, self.seen, self.skipped, history = distributed.first_says(progress)
+        if not distributed.is_first():
+            nothing = torch.zeros_like(self.quarters.sums)
+            self.used, self.quarters = 0, Quarters(nothing, fractions=self.quarters.fractions)
         self.quarters = replace(self.quarters, history=history)
 
     def unite(self) -> None:
         """Make the share of every rank that of all."""
         self.quarters = self._quarters_of_all()
         self.used = sum(self.quarters.num_examples)
-        for part in self.sums:
-            for total in part.values():
-                distributed.add_up(total)
+        if not self.is_sharded:
+            for part in self.sums:
+                for total in part.values():
+                    distributed.add_up(total)
 
     def finished(self) -> tuple[dict[str, Tensor], dict[str, Tensor] | None, Quarters]:
         """Scores, the share of the first half, and quarters with the final stability noted."""
@@ -117,7 +153,8 @@ class State:
         progress = [self.batches, self.seen, used, self.skipped]
         counts = {"num_examples": used, "progress": progress, "digest": self.digest}
         attributes = {key: facts[key] for key in ("estimator", "unit", "reduction", "halves")} | counts
-        groups = {key: _OfAll(sums) for key, sums in zip(("scores", "second_half"), self.sums, strict=False)}
+        shares = dict(zip(("scores", "second_half"), self.sums, strict=False))
+        groups = {key: distributed.Gathered(sums, distributed.sum_at_first) for key, sums in shares.items()}
         if not distributed.is_first():
             for sums in groups.values():
                 sums.send()
@@ -127,7 +164,13 @@ class State:
 
     @staticmethod
     def resume(
-        path: Path, scored: Mapping[str, nn.Parameter], halves: bool, fraction: float, facts: Mapping[str, Any]
+        path: Path,
+        scored: Mapping[str, nn.Parameter],
+        halves: bool,
+        fraction: float,
+        facts: Mapping[str, Any],
+        *,
+        offload: bool = False,
     ) -> "State":
         """What a checkpoint holds, or nothing done yet where there is none.
 
@@ -135,20 +178,18 @@ class State:
             ValueError: If the checkpoint belongs to another run.
             WrongFile: If it is none.
         """
-        state = State.start(scored, halves, fraction)
+        state = State.start(scored, halves, fraction, offload=offload)
         if not path.exists():
             return state
         with storage.open_hdf5(path, FORMAT) as file:
             before = storage.attributes(file)
             _check_same_run(path, before, facts)
-            saved = [read_tensors(file), *([read_tensors(file, "second_half")] if halves else [])]
             quarters = Quarters.read(file)
-            shapes = {name: p.shape for name, p in scored.items()}
-            if any({n: t.shape for n, t in part.items()} != shapes for part in saved):
-                raise ValueError(f"{path} was begun with another set of parameters; delete it to start afresh.")
+            sums = tuple(
+                _read_sums(file, key, empty) for key, empty in zip(("scores", "second_half"), state.sums, strict=False)
+            )
             if quarters is None or quarters.fractions != state.quarters.fractions:
                 raise ValueError(f"{path} was begun with another fraction; delete it to start afresh.")
-            sums = tuple({name: t.to(scored[name].device) for name, t in part.items()} for part in saved)
             batches, seen, used, skipped = (int(v) for v in before["progress"])
         logger.info("Going on after %d examples.", seen)
         return State(sums, state.positions, quarters, str(before["digest"]), batches, seen, used, skipped)
@@ -157,31 +198,23 @@ class State:
         return torch.cat([sums[n].flatten()[at.to(sums[n].device)].cpu().float() for n, at in self.positions.items()])
 
 
-class _OfAll(Mapping[str, Tensor]):
-    """The sums over all ranks, one parameter at a time as rank 0 asks for it; the other ranks send theirs."""
-
-    def __init__(self, share: Mapping[str, Tensor]) -> None:
-        self.share = share
-
-    def __getitem__(self, name: str) -> Tensor:
-        return distributed.sum_at_first(self.share[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.share)
-
-    def __len__(self) -> int:
-        return len(self.share)
-
-    def send(self) -> None:
-        for name in self:
-            self[name]
-
-
 def _empty_quarters(scored: Mapping[str, nn.Parameter], fraction: float) -> tuple[dict[str, Tensor], Quarters]:
     positions = sampled_positions({name: p.numel() for name, p in scored.items()})
     size = sum(map(len, positions.values()))
     fractions = sorted(f for f in {*FRACTIONS, fraction} if 0 < round(f * size) < size)
     return positions, Quarters(torch.zeros(PARTS, size), fractions=tuple(fractions))
+
+
+def _read_sums(file: h5py.File, key: str, empty: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The sums of a checkpoint, where the empty ones are; of sharded ones only this rank's part."""
+    sums = {}
+    for name, tensor in each_tensor(file, key):
+        if name not in empty or tensor.shape != empty[name].shape:
+            break
+        sums[name] = own_part(tensor, empty[name])
+    if sums.keys() != empty.keys():
+        raise ValueError(f"{file.filename} was begun with another set of parameters; delete it to start afresh.")
+    return sums
 
 
 def _is_moment(batches: int) -> bool:
