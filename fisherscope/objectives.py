@@ -51,8 +51,8 @@ class Predictions:
 
     Attributes:
         kind: ``"categorical"``: outputs are logits ``[B, L, C]``, labels class or token ids ``[B, L]``, -100 where
-            there is nothing to score. ``"gaussian"``: outputs are means ``[B, 1]``, labels numbers ``[B, 1]``. ``"losses"``:
-            outputs are the losses ``[B, 1]`` of a function, and there are no labels.
+            there is nothing to score. ``"gaussian"``: outputs are means ``[B, 1]``, labels numbers ``[B, 1]``.
+            ``"losses"``: outputs are the losses ``[B, 1]`` of a function, and there are no labels.
         outputs: As the kind says.
         labels: As the kind says.
     """

@@ -238,7 +238,7 @@ def test_files_keep_halves_and_quarters(many: Case, tmp_path: Path):
 
 
 def test_files_of_earlier_versions_load_without(many: Case, tmp_path: Path):
-    fisher(many, batched(many.examples, 2)).save(tmp_path / "scores.h5")
+    fisher(many, batched(many.examples, 2), halves=True).save(tmp_path / "scores.h5")
     with h5py.File(tmp_path / "scores.h5", "r+") as file:
         del file["first_half"], file["stability"]
     loaded = FisherScores.load(tmp_path / "scores.h5")
@@ -268,7 +268,7 @@ DAMAGES: dict[str, Callable[[Any], object]] = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_parts_are_refused_in_one_sentence(damage: str, many: Case, tmp_path: Path):
     path = tmp_path / "scores.h5"
-    fisher(many, batched(many.examples, 2)).save(path)
+    fisher(many, batched(many.examples, 2), halves=True).save(path)
     with h5py.File(path, "r+") as file:
         DAMAGES[damage](file)
     with pytest.raises(storage.WrongFile, match=r"make it again|but first_half") as error:

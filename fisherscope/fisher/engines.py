@@ -208,9 +208,8 @@ class Hooks:
 
     def _mixes(self, examples: Batch, losses: Callable[[Batch], Tensor]) -> bool:
         """Whether the loss of an example depends on the others of its batch; alone it is what the loop says."""
-        with torch.no_grad():
-            together = losses(examples)
-            alone = torch.cat([losses(_taken(examples, [n])) for n in range(size(examples))])
+        together = losses(examples).detach()
+        alone = torch.cat([losses(_taken(examples, [n])).detach() for n in range(size(examples))])
         tolerance = _tolerance(self.model)
         mixes = not torch.allclose(together, alone, rtol=tolerance, atol=0.01 * tolerance)
         if mixes:
@@ -435,8 +434,8 @@ class Recorder(Follower):
             done = waiting.pop() if self.last else waiting[0]  # its inputs are not needed any more
             if operation_changed(done):
                 raise RuntimeError(
-                    f"An input of {done.name} was changed in place after use, so no gradient can be formed from it; use "
-                    "engine='loop' for this model."
+                    f"An input of {done.name} was changed in place after use, so no gradient can be formed from it; "
+                    "use engine='loop' for this model."
                 )
             use = Use(done, tuple(step.sources), step.layout, gradient, self.examples, step.outputs[0])
             rule, found = contributions_of(use)

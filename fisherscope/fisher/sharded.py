@@ -85,7 +85,7 @@ class _Sharded(Hooks):
             sink.finish()
         if any(distributed.all_say(bool(recorder.late))):
             raise ValueError(
-                "The loss of a sharded model must depend on the same parameters in every batch; leave out the sharding."
+                "The loss of a sharded model must depend on the same parameters in every batch; run it unsharded."
             )
 
     def recorder(self, plan: Plan, sums: Mapping[str, Tensor], examples: int, sink: Sink) -> "_InStep":
