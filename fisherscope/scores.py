@@ -93,8 +93,18 @@ class FisherScores(Mapping[str, Tensor]):
         """One line for notebooks."""
         return (
             f"FisherScores({len(self)} parameters, {self.num_entries:,} entries, {self.estimator}, "
-            f"{self.num_examples} examples by {self.unit})"
+            f"{self.num_examples:,} {self.terms})"
         )
+
+    @property
+    def terms(self) -> str:
+        """What the scores are a mean over, in a word."""
+        if self.estimator == "squared-batch-mean":
+            word = "batch"
+        else:
+            word = "example" if self.unit == "sequence" else "token"
+        plural = "es" if word == "batch" else "s"
+        return word if self.num_examples == 1 else word + plural
 
     @property
     def num_entries(self) -> int:

@@ -35,7 +35,7 @@ def test_mapping_of_parameters():
     assert list(scores) == list(NAMES)
     assert len(scores) == 4
     assert scores.num_entries == 12 + 4 + 12 + 1
-    assert repr(scores) == "FisherScores(4 parameters, 29 entries, empirical, 5 examples by sequence)"
+    assert repr(scores) == "FisherScores(4 parameters, 29 entries, empirical, 5 examples)"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -32,6 +32,16 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        quiet = action.default is None or action.default is False
+        silent = action.required or quiet or "default:" in (action.help or "")
+        return action.help if silent else super()._get_help_string(action)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 1 for an error, 2 for wrong usage, 130 when interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -69,7 +79,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}.",
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_Help,
         )
         if argv[:1] == [name]:  # the flags of the others are not needed
             module: Any = importlib.import_module(f".{name}", __name__)

@@ -167,8 +167,8 @@ class Hooks:
                 recorder.backward(loss.sum(), last=number == len(terms))
         if recorder.late and len(terms) > 1:  # some of their terms are in the sums already
             raise RuntimeError(
-                f"The loss depends on '{min(recorder.late)}' in this batch, but did not in the first; use engine='loop' "
-                "for this model."
+                f"The loss depends on '{min(recorder.late)}' in this batch, but did not in the first; use "
+                "engine='loop' for this model."
             )
         return self.estimand.num_units(predictions), frozenset(recorder.late)
 
@@ -269,8 +269,8 @@ class _Trial:
         for name, total in self.wanted.items():
             if not math.isfinite(norm(total)):
                 raise ValueError(
-                    f"Every example needs a finite gradient, but that of '{name}' is not, although the loss is; check how "
-                    "the model treats padding."
+                    f"Every example needs a finite gradient, but that of '{name}' is not, although the loss is; check "
+                    "how the model treats padding."
                 )
         self.floor = 1e-9 * max((norm(t) for t in self.wanted.values()), default=0.0)
         recorder = self.engine.recorder(self.plan, self.wanted, size(examples), self._compare)
