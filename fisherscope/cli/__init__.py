@@ -32,7 +32,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     """Tells defaults that say something."""
 

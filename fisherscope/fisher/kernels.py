@@ -51,7 +51,7 @@ TILES = (Tile(128, 128, 8, 5), Tile(64, 128, 4, 5), Tile(128, 64, 4, 5), Tile(64
 _ALIGNMENT = 16  # what Triton must know of widths, strides and addresses to copy 16 bytes at a time
 _TILE_ROWS_IN_A_GROUP = 8  # neighbouring programs share their rows of left or right in the L2 cache
 _SMALL_WORK = 2**26  # operations: below it all candidates only wait to be launched
-_SCRATCH_BYTES = {"cpu": 2**20, "other": 2**26}  # about the second-level cache of a core, and of a large GPU
+_SCRATCH_BYTES = {"cpu": 2**22, "other": 2**26}  # a few rows of a score stay in the cache
 
 
 @torch.no_grad()
@@ -196,7 +196,10 @@ def accumulate_chunked(
         block = score[row : row + height]  # stays in the cache, as the buffer does
         for lefts, rights in parts:
             products = buffer[: len(lefts) * block.numel()].view(len(lefts), *block.shape)
-            torch.bmm(lefts[..., row : row + height].mT, rights, out=products)
+            if len(lefts) == 1:  # a batch of one would be left to a single thread
+                torch.mm(lefts[0, :, row : row + height].T, rights[0], out=products[0])
+            else:
+                torch.bmm(lefts[..., row : row + height].mT, rights, out=products)
             _add_squares(block, products)
 
 
