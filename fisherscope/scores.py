@@ -99,12 +99,10 @@ class FisherScores(Mapping[str, Tensor]):
     @property
     def terms(self) -> str:
         """What the scores are a mean over, in a word."""
+        one, several = {"sequence": ("example", "examples"), "token": ("token", "tokens")}[self.unit]
         if self.estimator == "squared-batch-mean":
-            word = "batch"
-        else:
-            word = "example" if self.unit == "sequence" else "token"
-        plural = "es" if word == "batch" else "s"
-        return word if self.num_examples == 1 else word + plural
+            one, several = "batch", "batches"
+        return one if self.num_examples == 1 else several
 
     @property
     def num_entries(self) -> int:
