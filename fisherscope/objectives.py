@@ -26,6 +26,9 @@ from .models import check_head, device_of
 Batch = Mapping[str, Tensor]
 LossFunction = Callable[[nn.Module, Batch], Tensor]
 
+GAUSSIAN_VARIANCE = 0.5
+"""Of regression: the squared error without a factor 1/2 is a Gaussian's negative log-likelihood with this variance."""
+
 
 @dataclass(frozen=True)
 class ExampleLosses:
@@ -93,7 +96,7 @@ class Predictions:
             raise ValueError("Labels can only be drawn from a named objective, but the losses come from a function.")
         if self.kind == "gaussian":
             normal = torch.special.ndtri(uniforms.clamp(min=1e-12))
-            return self.outputs.detach() + math.sqrt(0.5) * normal.to(self.outputs.dtype)
+            return self.outputs.detach() + math.sqrt(GAUSSIAN_VARIANCE) * normal.to(self.outputs.dtype)
         bounds = self.outputs.detach().double().softmax(-1).cumsum(-1)
         labels = torch.searchsorted(bounds, uniforms[..., None].contiguous(), right=True)[..., 0]
         return torch.where(self.labels == IGNORED, IGNORED, labels.clamp(max=bounds.shape[-1] - 1))

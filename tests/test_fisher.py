@@ -27,7 +27,7 @@ from conftest import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fisherscope.fisher import estimate_fisher, run
+from fisherscope.fisher import estimate_fisher, rules, run
 from fisherscope.fisher.contributions import Lookup, Outer, accumulate
 from fisherscope.scores import FisherScores
 
@@ -790,3 +790,15 @@ def test_loss_that_depends_on_the_other_examples_is_taken_alone(caplog: pytest.L
     scores = fisher(model, batched(points(6), 3), objective=contrastive)
     assert_same(scores, reference.fisher(model, points(6), contrastive))
     assert any("changes with the other examples" in record.message for record in caplog.records)
+
+
+def test_shared_tensor_with_several_uses_one_by_one(monkeypatch: pytest.MonkeyPatch):
+    """Nothing is stacked, as for tensors too large for that."""
+    monkeypatch.setattr(rules, "STACKED_BYTES", 0)
+
+    def twice(m: nn.Module, x: Tensor) -> Tensor:
+        slope = m.slope.exp()
+        return F.prelu(x, slope) + F.prelu(2 * x + 1, slope)
+
+    model = moved(Net(twice, slope=weight(3)))
+    assert_same(fisher(model, batched(points(7), 3), objective=energy), reference.fisher(model, points(7), energy))

@@ -93,8 +93,11 @@ Contribution = Stacked | Outer | Lookup | Deferred
 
 
 def merged(contributions: Sequence[Contribution]) -> list[Contribution]:
-    """The same sum with at most one contribution of each compact kind."""
-    result: list[Contribution] = [c for c in contributions if isinstance(c, Deferred)]
+    """The same sum with one contribution of each kind; products of several shapes stay apart."""
+    result: list[Contribution] = []
+    if deferred := [c for c in contributions if isinstance(c, Deferred)]:
+        first, *others = deferred
+        result.append(Deferred(first.num_examples, lambda n: sum((c.compute(n) for c in others), first.compute(n))))
     if lookups := [c for c in contributions if isinstance(c, Lookup)]:
         result.append(Lookup(torch.cat([c.ids for c in lookups], 1), torch.cat([c.gradients for c in lookups], 1)))
     outers: dict[tuple[int, int], list[Outer]] = {}
@@ -103,8 +106,7 @@ def merged(contributions: Sequence[Contribution]) -> list[Contribution]:
             outers.setdefault((c.left.shape[-1], c.right.shape[-1]), []).append(c)
     result += [_joined(same) for same in outers.values()]
     if stacks := [c for c in contributions if isinstance(c, Stacked)]:
-        first, *others = (c.gradients for c in stacks)
-        result.append(Stacked(sum(others, start=first) if others else first))
+        result.append(Stacked(sum((c.gradients for c in stacks[1:]), stacks[0].gradients)))
     return result
 
 

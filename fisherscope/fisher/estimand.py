@@ -19,14 +19,11 @@ from torch.nn import functional as F
 
 from .._typing import Float
 from ..data.corruption import IGNORED
-from ..objectives import Batch, Predictions
+from ..objectives import GAUSSIAN_VARIANCE, Batch, Predictions
 from ..scores import Estimator, Reduction, Unit
 
 PUBLISHED: tuple[Estimator, ...] = ("squared-batch-mean", "absolute-gradient")
 """Variants of published code that are no Fisher information, for comparison."""
-
-GAUSSIAN_VARIANCE = 0.5
-"""Of regression: the squared error without a factor 1/2 is a Gaussian's negative log-likelihood with this variance."""
 
 MOST_EXACT_TERMS = 4096
 
@@ -179,7 +176,7 @@ def _content(batch: Batch, n: int) -> Iterator[bytes]:
             row = row[row != IGNORED]
         elif mask is not None and row.shape == mask[n].shape:
             row = row[mask[n].cpu().bool()]
-        yield name.encode() + row.contiguous().numpy().tobytes()
+        yield name.encode() + row.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def check_finite(predictions: Predictions, first: int = 0) -> None:

@@ -122,7 +122,7 @@ def plan_memory(
         batch_size: Examples at a time.
         length: Tokens per example.
         objective: ``"mlm"``, ``"causal-lm"``, ``"seq2seq-lm"``, ``"classification"`` or ``"regression"``.
-        halves: Whether two sets of sums are kept, for error bars.
+        halves: Whether two sets of sums are kept, one for either half of the examples.
         offload: Whether the sums are kept on the host.
         target_length: Tokens of the target of ``seq2seq-lm``; by default as many as of the input.
         device: Where the run will be; by default the model's own device, or for a model without values CUDA where
