@@ -169,16 +169,21 @@ def _accumulate_tied(score: Tensor, lookup: Lookup, outer: Outer) -> None:
     .. math::  \sum_n (H_n + E_n)^2 = \sum_n \Big( \sum_{v \notin n} H_n[v]^2 + \sum_{v \in n} (H_n[v] + E_n[v])^2 \Big)
     """
     left, right, offsets = compact(outer.left, outer.right)
-    left = left.clone() if left.data_ptr() == outer.left.data_ptr() else left  # autograd needs the gradient itself
+    done: list[tuple[Tensor, Tensor, Tensor]] = []
     examples, ids, sums = lookup.segments(len(score))
     bounds = torch.searchsorted(examples, torch.arange(outer.num_examples + 1, device=examples.device)).tolist()
     for n, (start, stop) in enumerate(itertools.pairwise(offsets.tolist())):
         own, rows = slice(bounds[n], bounds[n + 1]), slice(start, stop)
         columns = ids[own]
-        both = torch.addmm(sums[own], left[rows][:, columns].T, right[rows])
-        score.index_add_(0, columns, both.square_())
-        left[rows].index_fill_(1, columns, 0.0)  # these rows are done
+        part = left[rows]
+        values = part[:, columns]
+        score.index_add_(0, columns, torch.addmm(sums[own], values.T, right[rows]).square_())
+        done.append((part, columns, values))
+    for part, columns, _ in done:
+        part.index_fill_(1, columns, 0.0)
     accumulate_products(score, left, right, offsets)
+    for part, columns, values in done:  # the gradient itself is autograd's
+        part.index_copy_(1, columns, values)
 
 
 def _accumulate_in_buffer(score: Tensor, parts: Sequence[Contribution]) -> None:
