@@ -5,9 +5,9 @@ The text is the training part of ``builtin:docs`` plus any folder or file of pla
 ``--text``. The learning rate warms up, stays constant and decays over the last fifth (warmup-stable-decay), so
 a run that is stopped can be resumed with another ``--steps`` as long as the decay has not begun.
 
-    python scripts/pretrain_builtin.py train --text books/ --out runs/bert --steps 8000
-    python scripts/pretrain_builtin.py export --run runs/bert --out fisherscope/builtin/bert \\
-        --trajectory figures/data/bert_trajectory
+    python scripts/pretrain_builtin.py train --model gpt2 --text books/ --out runs/gpt2 --steps 4000
+    python scripts/pretrain_builtin.py export --run runs/gpt2 --out fisherscope/builtin/gpt2 \\
+        --record figures/data/gpt2_pretraining --held-out-text books/valid.txt
 """
 
 import argparse
@@ -20,16 +20,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from builtin_card import draw_curve, held_out_loss, write_card
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.utils.data import Dataset
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -37,17 +44,20 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from fisherscope.builtin import docs
-from fisherscope.data import load_batches
-from fisherscope.data.corruption import IGNORED, example_generator, mask_tokens
-from fisherscope.objectives import example_losses, reference_losses
+from fisherscope.data.corruption import IGNORED, corrupt_spans, example_generator, mask_tokens
+from fisherscope.objectives import example_losses
 
 logger = logging.getLogger("pretrain")
 
-SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>", *(f"<extra_id_{i}>" for i in range(100))]
+SENTINELS = [f"<extra_id_{i}>" for i in range(100)]
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "</s>", *SENTINELS]
 MAX_LENGTH = 128
 WINDOW_LENGTHS = (32, 64, 128)
 DOCS_SHARE = 0.3
-SNAPSHOTS_AFTER = (0, 64, 256, 1024, 2048, 4096)  # steps of masked language modelling
+SNAPSHOTS_AFTER = (0, 64, 256, 1024, 2048, 4096)  # steps of the objective itself
+BUILTIN_BERT = Path(__file__).parent.parent / "fisherscope" / "builtin" / "bert"
+
+Example = dict[str, np.ndarray]
 
 
 def read_text(path: Path) -> list[str]:
@@ -56,8 +66,8 @@ def read_text(path: Path) -> list[str]:
     return [" ".join(p.split()) for f in files for p in f.read_text(encoding="utf-8").split("\n\n") if p.strip()]
 
 
-def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
-    """A lower-casing WordPiece vocabulary that all built-in models share."""
+def train_vocabulary(texts: list[str], size: int) -> Tokenizer:
+    """A lower-casing WordPiece vocabulary."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -65,12 +75,16 @@ def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     tokenizer.train_from_iterator(
         texts, trainers.WordPieceTrainer(vocab_size=size, special_tokens=SPECIAL_TOKENS, show_progress=False)
     )
-    ends = [(t, tokenizer.token_to_id(t)) for t in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(
+    return tokenizer
+
+
+def bert_tokenizer(vocabulary: Tokenizer) -> PreTrainedTokenizerFast:
+    ends = [(t, vocabulary.token_to_id(t)) for t in ("[CLS]", "[SEP]")]
+    vocabulary.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=ends
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=vocabulary,
         model_max_length=MAX_LENGTH,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         pad_token="[PAD]",
@@ -81,12 +95,181 @@ def train_tokenizer(texts: list[str], size: int) -> PreTrainedTokenizerFast:
     )
 
 
-class MaskedWindows(Dataset):
-    """Item i is a random window of the text, masked: a function of (seed, i) alone, so a resumed run sees the same.
+def gpt2_tokenizer(vocabulary: Tokenizer) -> PreTrainedTokenizerFast:
+    vocabulary.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    return _plain_tokenizer(vocabulary, bos_token="</s>")
 
-    All windows of a batch have one length. The first ``causal_steps`` batches ask for the next token instead: every
-    position teaches something, so attention forms early; with masking alone this model was still near the unigram
-    entropy after 13 million tokens (two phases: Gisserot-Boukhlef et al., arXiv 2507.00994).
+
+def t5_tokenizer(vocabulary: Tokenizer) -> PreTrainedTokenizerFast:
+    ends = [("</s>", vocabulary.token_to_id("</s>"))]
+    vocabulary.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=ends
+    )
+    return _plain_tokenizer(vocabulary, extra_special_tokens=SENTINELS)
+
+
+def _plain_tokenizer(vocabulary: Tokenizer, **tokens: Any) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=vocabulary,
+        model_max_length=MAX_LENGTH,
+        model_input_names=["input_ids", "attention_mask"],
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        eos_token="</s>",
+        **tokens,
+    )
+
+
+def masked(window: np.ndarray, draw: np.random.Generator, tokenizer: PreTrainedTokenizerFast) -> Example:
+    tokens = np.concatenate([[tokenizer.cls_token_id], window[2:], [tokenizer.sep_token_id]])
+    special = frozenset(tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS))
+    corrupted, labels = mask_tokens(
+        tokens, draw, mask_id=tokenizer.mask_token_id, special_ids=special, vocabulary_size=len(tokenizer)
+    )
+    return {"input_ids": corrupted, "labels": labels}
+
+
+def next_tokens_by_encoder(
+    window: np.ndarray, draw: np.random.Generator, tokenizer: PreTrainedTokenizerFast
+) -> Example:
+    """The next token as the label of every position, which sees only what is left of it."""
+    tokens = np.concatenate([[tokenizer.cls_token_id], window[2:], [tokenizer.sep_token_id]])
+    visible = np.tri(len(tokens), dtype=bool)[None]
+    return {"input_ids": tokens, "attention_mask": visible, "labels": np.append(tokens[1:], IGNORED)}
+
+
+def next_tokens(window: np.ndarray, draw: np.random.Generator, tokenizer: PreTrainedTokenizerFast) -> Example:
+    return {"input_ids": window, "labels": window}
+
+
+def dropped_spans(window: np.ndarray, draw: np.random.Generator, tokenizer: PreTrainedTokenizerFast) -> Example:
+    sentinels = tokenizer.convert_tokens_to_ids(SENTINELS)
+    inputs, targets = corrupt_spans(window[1:], draw, sentinels=sentinels)
+    return {"input_ids": np.append(inputs, tokenizer.eos_token_id), "labels": np.append(targets, tokenizer.eos_token_id)}
+
+
+def second_half(window: np.ndarray, draw: np.random.Generator, tokenizer: PreTrainedTokenizerFast) -> Example:
+    """The first half as input, the other as target."""
+    middle = len(window) // 2
+    return {"input_ids": np.append(window[:middle], tokenizer.eos_token_id), "labels": window[middle:]}
+
+
+@torch.no_grad()
+def start_from_sinusoids(positions: torch.Tensor) -> None:
+    """Begin the learned positions at sinusoids (Vaswani et al., arXiv 1706.03762) of the same variance.
+
+    Nearby positions then begin alike, so that attention to neighbours has something to begin with.
+    """
+    length, width = positions.shape
+    rates = torch.exp(-torch.arange(0, width, 2) / width * np.log(10000.0))
+    angles = torch.arange(length)[:, None] * rates
+    positions.copy_(torch.cat([angles.sin(), angles.cos()], dim=1) * positions.std() * 2**0.5)
+
+
+@torch.no_grad()
+def start_from_bert(embeddings: torch.Tensor) -> None:
+    """Begin the token embeddings at those of ``builtin:bert``, which has the same vocabulary, at the same scale."""
+    trained = load_file(BUILTIN_BERT / "model.safetensors")["bert.embeddings.word_embeddings.weight"].float()
+    embeddings.copy_(trained * embeddings.std() / trained.std())
+
+
+def build_bert(tokenizer: PreTrainedTokenizerFast) -> BertForMaskedLM:
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=512,
+        max_position_embeddings=MAX_LENGTH,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.05,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = BertForMaskedLM(config)
+    start_from_sinusoids(model.bert.embeddings.position_embeddings.weight)
+    return model
+
+
+def build_gpt2(tokenizer: PreTrainedTokenizerFast) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=128,
+        n_layer=4,
+        n_head=4,
+        n_positions=MAX_LENGTH,
+        initializer_range=0.05,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+    )
+    model = GPT2LMHeadModel(config)
+    start_from_sinusoids(model.transformer.wpe.weight)
+    return model
+
+
+def build_t5(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=128,
+        d_kv=32,
+        d_ff=512,
+        num_layers=3,
+        num_heads=4,
+        dropout_rate=0.0,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        use_cache=False,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between the built-in models.
+
+    ``early`` is what they learn first: there every position teaches something, so attention forms early; with masking
+    alone the BERT was still near the unigram entropy after 13 million tokens (two phases: Gisserot-Boukhlef et al.,
+    arXiv 2507.00994).
+    """
+
+    objective: str
+    tokenizer: Callable[[Tokenizer], PreTrainedTokenizerFast]
+    build: Callable[[PreTrainedTokenizerFast], PreTrainedModel]
+    encode: Callable[[np.ndarray, np.random.Generator, PreTrainedTokenizerFast], Example]
+    early: Callable[[np.ndarray, np.random.Generator, PreTrainedTokenizerFast], Example]
+    dropout: dict[str, float]  # of the configuration that ships, for fine-tuning; pretraining has none
+
+
+FAMILIES = {
+    "bert": Family(
+        "mlm",
+        bert_tokenizer,
+        build_bert,
+        masked,
+        next_tokens_by_encoder,
+        {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
+    ),
+    "gpt2": Family(
+        "causal-lm",
+        gpt2_tokenizer,
+        build_gpt2,
+        next_tokens,
+        next_tokens,
+        {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
+    ),
+    "t5": Family("seq2seq-lm", t5_tokenizer, build_t5, dropped_spans, second_half, {"dropout_rate": 0.1}),
+}
+
+
+class Windows(Dataset):
+    """Item i is a random window of the text: a function of (seed, i) alone, so a resumed run sees the same.
+
+    All windows of a batch have one length.
     """
 
     def __init__(
@@ -94,57 +277,45 @@ class MaskedWindows(Dataset):
         streams: list[np.ndarray],
         shares: list[float],
         tokenizer: PreTrainedTokenizerFast,
+        family: Family,
         settings: TrainingArguments,
-        causal_steps: int,
+        early_steps: int,
     ):
-        self.streams, self.shares, self.tokenizer, self.seed = streams, shares, tokenizer, settings.seed
-        self.batch_size, self.steps = settings.per_device_train_batch_size, settings.max_steps
-        self.causal_steps = causal_steps
-        self.special_ids = frozenset(tokenizer.convert_tokens_to_ids(SPECIAL_TOKENS))
+        self.streams, self.shares, self.tokenizer, self.family = streams, shares, tokenizer, family
+        self.seed, self.batch_size = settings.seed, settings.per_device_train_batch_size
+        self.steps, self.early_steps = settings.max_steps, early_steps
 
     def __len__(self) -> int:
         return self.batch_size * self.steps
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        length = example_generator(self.seed + 1, index // self.batch_size).choice(WINDOW_LENGTHS) - 2
-        generator = example_generator(self.seed, index)
-        stream = self.streams[generator.choice(len(self.streams), p=self.shares)]
-        start = generator.integers(len(stream) - length)
-        window = stream[start : start + length]
-        tokens = np.concatenate([[self.tokenizer.cls_token_id], window, [self.tokenizer.sep_token_id]])
-        if index // self.batch_size < self.causal_steps:
-            return {"input_ids": torch.from_numpy(tokens), "labels": torch.from_numpy(np.append(tokens[1:], IGNORED))}
-        corrupted, labels = mask_tokens(
-            tokens,
-            generator,
-            mask_id=self.tokenizer.mask_token_id,
-            special_ids=self.special_ids,
-            vocabulary_size=len(self.tokenizer),
-        )
-        return {"input_ids": torch.from_numpy(corrupted), "labels": torch.from_numpy(labels)}
+        step = index // self.batch_size
+        length = example_generator(self.seed + 1, step).choice(WINDOW_LENGTHS)
+        draw = example_generator(self.seed, index)
+        stream = self.streams[draw.choice(len(self.streams), p=self.shares)]
+        start = draw.integers(len(stream) - length)
+        encode = self.family.early if step < self.early_steps else self.family.encode
+        example = encode(stream[start : start + length], draw, self.tokenizer)
+        return {name: torch.from_numpy(array) for name, array in example.items()}
 
 
-class MaskedLMTrainer(Trainer):
-    """Sends only the labelled positions through the vocabulary head; looks left only while labels are next tokens."""
+class LanguageModelTrainer(Trainer):
+    """The mean loss of the labelled tokens, as fisherscope computes it."""
 
-    causal_steps = 0
+    objective = ""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        ids, labelled, visible = inputs["input_ids"], inputs["labels"] != IGNORED, None
-        if self.state.global_step < self.causal_steps:
-            visible = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool, device=ids.device).tril()
-            visible = visible.expand(len(ids), 1, -1, -1)
-        hidden = model.bert(ids, attention_mask=visible).last_hidden_state[labelled]
-        loss = torch.nn.functional.cross_entropy(model.cls(hidden).float(), inputs["labels"][labelled])
+        losses = example_losses(model, inputs, self.objective)
+        loss = losses.total.sum() / losses.count.sum()
         return (loss, {}) if return_outputs else loss
 
 
 class Snapshots(TrainerCallback):
     """Half-precision copies of the weights along the way, and the measured loss curve as JSON lines."""
 
-    def __init__(self, folder: Path, causal_steps: int):
+    def __init__(self, folder: Path, early_steps: int):
         self.folder, self.started = folder, time.time()
-        self.steps = {0, *(causal_steps + step for step in SNAPSHOTS_AFTER)}
+        self.steps = {0, *(early_steps + step for step in SNAPSHOTS_AFTER)}
 
     def on_train_begin(self, args, state, control, model, **_):
         self.on_step_end(args, state, control, model)
@@ -173,61 +344,27 @@ def save_half(model: PreTrainedModel, folder: Path) -> None:
     copy.half().save_pretrained(folder)
 
 
-@torch.no_grad()
-def start_from_sinusoids(positions: torch.Tensor) -> None:
-    """Begin the learned positions at sinusoids (Vaswani et al., arXiv 1706.03762) of the same variance.
-
-    Nearby positions then begin alike, so that attention to neighbours has something to begin with.
-    """
-    length, width = positions.shape
-    rates = torch.exp(-torch.arange(0, width, 2) / width * np.log(10000.0))
-    angles = torch.arange(length)[:, None] * rates
-    positions.copy_(torch.cat([angles.sin(), angles.cos()], dim=1) * positions.std() * 2**0.5)
-
-
-def build_bert(tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace) -> BertForMaskedLM:
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=512,
-        max_position_embeddings=MAX_LENGTH,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=args.init,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    model = BertForMaskedLM(config)
-    start_from_sinusoids(model.bert.embeddings.position_embeddings.weight)
-    return model
-
-
-@dataclass(frozen=True)
-class Family:
-    """What differs between the built-in models: how one is made, what it reads, and its loss."""
-
-    build: Callable[[PreTrainedTokenizerFast, argparse.Namespace], PreTrainedModel]
-    windows: type[Dataset]
-    trainer: type[Trainer]
-
-
-FAMILIES = {"bert": Family(build_bert, MaskedWindows, MaskedLMTrainer)}
-
-
 def prepare_text(args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, list[np.ndarray], list[float]]:
-    """The tokenizer (trained if the run has none), and documentation and books as token streams with their shares."""
+    """The tokenizer, and documentation and books as token streams with their shares.
+
+    The vocabulary is that of ``builtin:bert``, or trained on the text.
+    """
     documentation = [p.text for p in docs.passages("train")]
     paragraphs = [p for path in args.text for p in read_text(path)]
     if (args.out / "tokenizer.json").exists():
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
-    else:  # documentation and books weigh in the vocabulary as they do in training
-        ratio = sum(map(len, paragraphs)) / sum(map(len, documentation))
-        repeats = max(1, round(DOCS_SHARE / (1 - DOCS_SHARE) * ratio))
-        tokenizer = train_tokenizer(documentation * repeats + paragraphs, args.vocabulary)
+    else:
+        if args.from_bert:
+            vocabulary = Tokenizer.from_file(str(BUILTIN_BERT / "tokenizer.json"))
+        else:  # documentation and books weigh in the vocabulary as they do in training
+            ratio = sum(map(len, paragraphs)) / sum(map(len, documentation))
+            repeats = max(1, round(DOCS_SHARE / (1 - DOCS_SHARE) * ratio))
+            vocabulary = train_vocabulary(documentation * repeats + paragraphs, args.vocabulary)
+        tokenizer = FAMILIES[args.model].tokenizer(vocabulary)
         tokenizer.save_pretrained(args.out)
+    end = [tokenizer.eos_token_id] if args.model == "gpt2" else []  # BERT and T5 end every window themselves
     streams = [
-        np.concatenate([np.array(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
+        np.concatenate([np.array([*ids, *end]) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]])
         for texts in (documentation, paragraphs)
         if texts
     ]
@@ -267,24 +404,30 @@ def train(args: argparse.Namespace) -> None:
     family = FAMILIES[args.model]
     tokenizer, streams, shares = prepare_text(args)
     settings = training_settings(args)
-    trainer = family.trainer(
-        family.build(tokenizer, args),
+    model = family.build(tokenizer)
+    if args.from_bert:
+        start_from_bert(model.get_input_embeddings().weight)
+    trainer = LanguageModelTrainer(
+        model,
         settings,
-        train_dataset=family.windows(streams, shares, tokenizer, settings, args.causal_steps),
-        callbacks=[Snapshots(args.out, args.causal_steps)],
+        train_dataset=Windows(streams, shares, tokenizer, family, settings, args.early_steps),
+        callbacks=[Snapshots(args.out, args.early_steps)],
     )
-    trainer.causal_steps = args.causal_steps
+    trainer.objective = family.objective
     checkpoint = get_last_checkpoint(settings.output_dir) if Path(settings.output_dir).exists() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     run = {
         "model": args.model,
+        "objective": family.objective,
         "steps": args.steps,
         "batch_size": args.batch_size,
         "lengths": WINDOW_LENGTHS,
-        "causal_steps": args.causal_steps,
+        "early_steps": args.early_steps,
+        "from_bert": args.from_bert,
         "seed": args.seed,
         "learning_rate": args.learning_rate,
         "bf16": args.bf16,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU cores",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "docs_fingerprint": docs.fingerprint("train"),
@@ -304,108 +447,28 @@ def training_seconds(log: Path) -> float:
 
 
 def export(args: argparse.Namespace) -> None:
-    """Ship the weights, the tokenizer and a card; copy the snapshots and the measured loss of each."""
+    """Ship the weights, the tokenizer and a card; keep the curve of the losses, and the snapshots if asked to."""
     run = json.loads((args.run_folder / "run.json").read_text())
     final = args.run_folder / f"step_{run['steps']:06d}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    config = json.loads((final / "config.json").read_text())
-    config |= {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}  # for fine-tuning; pretraining had none
+    for folder in (args.out, args.record):
+        folder.mkdir(parents=True, exist_ok=True)
+    config = json.loads((final / "config.json").read_text()) | FAMILIES[run["model"]].dropout
     (args.out / "config.json").write_text(json.dumps(config, indent=1))
     shutil.copy(final / "model.safetensors", args.out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(args.run_folder / name, args.out)
-    args.trajectory.mkdir(parents=True, exist_ok=True)
     curve = []
     for snapshot in sorted(args.run_folder.glob("step_*")):
-        shutil.copy(snapshot / "model.safetensors", args.trajectory / f"{snapshot.name}.safetensors")
-        curve.append(
-            {"step": int(snapshot.name.removeprefix("step_")), **held_out_loss(snapshot, args, "builtin:docs")}
-        )
+        if args.snapshots:
+            shutil.copy(snapshot / "model.safetensors", args.record / f"{snapshot.name}.safetensors")
+        loss = held_out_loss(snapshot, args.out, run["objective"], "builtin:docs")
+        curve.append({"step": int(snapshot.name.removeprefix("step_")), **loss})
         logger.info("%s", curve[-1])
-    (args.trajectory / "held_out.json").write_text(json.dumps(curve, indent=1))
-    shutil.copy(args.run_folder / "loss.jsonl", args.trajectory)
-    draw_curve(args.run_folder / "loss.jsonl", curve, run["causal_steps"], args.trajectory / "loss_curve.png")
-    books = {book.name: held_out_loss(args.out, args, book) for book in args.held_out_text}
-    (args.out / "README.md").write_text(card(run, curve[-1], books, args.out))
-
-
-def held_out_loss(folder: Path, args: argparse.Namespace, data: str | Path) -> dict[str, float]:
-    """Loss per masked token and its references, on all passages (at most 2000) with the masks of seed 0."""
-    model = BertForMaskedLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.run_folder)
-    batches = load_batches(data, tokenizer, objective="mlm", num_examples=2000, batch_size=32, seed=0)
-    total = count = 0.0
-    with torch.no_grad():
-        for batch in batches:
-            losses = example_losses(model, batch, "mlm")
-            total, count = total + float(losses.total.sum()), count + int(losses.count.sum())
-    return {"loss": total / count, "tokens": int(count), **reference_losses(model, batches, "mlm")}
-
-
-def draw_curve(log: Path, curve: list[dict[str, float]], causal_steps: int, out: Path) -> None:
-    from matplotlib.figure import Figure
-
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
-    figure = Figure(figsize=(4.8, 3), layout="constrained", dpi=200)
-    axes = figure.subplots()
-    for label, color, part in (
-        ("training text, next tokens", "#E69F00", [r for r in rows if r["step"] <= causal_steps]),
-        ("training text, masked tokens", "#999999", [r for r in rows if r["step"] > causal_steps]),
-    ):
-        axes.plot([r["step"] for r in part], [r["loss"] for r in part], color=color, lw=1, label=label)
-    axes.plot(
-        [r["step"] for r in curve],
-        [r["loss"] for r in curve],
-        "o",
-        color="#0072B2",
-        ms=4,
-        label="held-out docs, masked tokens",
-    )
-    for name, label in (("uniform", "ln V"), ("unigram", "unigram entropy, held-out docs")):
-        axes.axhline(curve[-1][name], color="black", lw=0.7, ls="--")
-        place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "size": 7}
-        axes.annotate(label, (0.99, curve[-1][name]), **place)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(2.5, None))
-    axes.legend(frameon=False, fontsize=7, loc=(0.5, 0.64))
-    figure.savefig(out)
-
-
-def card(run: dict, held_out: dict[str, float], books: dict[str, dict[str, float]], folder: Path) -> str:
-    """The model card, from measured numbers only."""
-    tokens = run["steps"] * run["batch_size"] * sum(run["lengths"]) / len(run["lengths"])
-    rows = {
-        "`builtin:docs` (held out)": held_out,
-        **{f"a held-out book (`{name}`)": row for name, row in books.items()},
-    }
-    table = "\n".join(
-        f"| {name} | **{r['loss']:.3f}** | {r['unigram']:.3f} | {r['uniform']:.3f} | {r['tokens']:,} |"
-        for name, r in rows.items()
-    )
-    shape = json.loads((folder / "config.json").read_text())
-    lengths = ", ".join(map(str, run["lengths"]))
-    books_tokens = f"{sum(run['text_tokens'][1:]):,}"
-    precision = "bf16 autocast" if run["bf16"] else "float32"
-    return f"""# builtin:bert
-
-A small BERT for masked language modelling, pretrained for fisherscope so that everything it does can be tried offline
-on a model that has learned something. Not for any other use.
-
-- Shape: {shape["num_hidden_layers"]} layers x {shape["hidden_size"]}, {shape["num_attention_heads"]} heads,
-  {shape["vocab_size"]} WordPieces, {shape["max_position_embeddings"]} positions; tied head; float16 safetensors.
-- Text: the training part of `builtin:docs` (documentation inside the standard library of Python {run["python"]},
-  fingerprint `{run["docs_fingerprint"]}`), {run["text_tokens"][0]:,} tokens, and public-domain books, {books_tokens}
-  tokens; windows drawn from the two with shares {run["shares"][0]:.0%} and {1 - run["shares"][0]:.0%}.
-- Training: {run["steps"]:,} steps of {run["batch_size"]} windows of {lengths} tokens, about {tokens / 1e6:.0f} million
-  tokens; the first {run["causal_steps"]:,} steps predict the next token, looking left only, the others masked
-  tokens; AdamW, learning rate {run["learning_rate"]:g}, warm-up, constant, linear decay over the last fifth;
-  {precision}; {run["hours"]:.1f} hours on CPU cores; `scripts/pretrain_builtin.py`.
-
-| text | MLM loss, nats per masked token | unigram entropy of the masked tokens | ln V | masked tokens |
-|---|---|---|---|---|
-{table}
-
-The checkpoints along the way and the loss curve are in `figures/data/bert_trajectory/` of the repository.
-"""
+    for name in ("loss.jsonl", "run.json"):
+        shutil.copy(args.run_folder / name, args.record)
+    (args.record / "held_out.json").write_text(json.dumps(curve, indent=1))
+    draw_curve(args.record)
+    write_card(args.out, args.record, args.held_out_text)
 
 
 def main() -> None:
@@ -423,19 +486,23 @@ def main() -> None:
     )
     training.add_argument("--out", type=Path, required=True)
     training.add_argument("--steps", type=int, default=16000)
-    training.add_argument("--causal-steps", type=int, default=1500, help="next-token prediction before masking")
+    training.add_argument("--early-steps", type=int, default=1500, help="next-token prediction before the objective")
     training.add_argument("--batch-size", type=int, default=64)
     training.add_argument("--learning-rate", type=float, default=1.5e-3)
-    training.add_argument("--init", type=float, default=0.05)
     training.add_argument("--warmup", type=int, default=300)
-    training.add_argument("--vocabulary", type=int, default=4096)
+    words = training.add_mutually_exclusive_group()
+    words.add_argument("--vocabulary", type=int, default=4096, help="size of the vocabulary to train")
+    words.add_argument(
+        "--from-bert", action="store_true", help="begin with the vocabulary and token embeddings of builtin:bert"
+    )
     training.add_argument("--seed", type=int, default=0)
     training.add_argument("--bf16", action="store_true")
     training.set_defaults(run=train)
     exporting = commands.add_parser("export")
     exporting.add_argument("--run", dest="run_folder", type=Path, required=True, help="the folder that train wrote")
     exporting.add_argument("--out", type=Path, required=True, help="the model folder to ship")
-    exporting.add_argument("--trajectory", type=Path, required=True, help="where the snapshots go")
+    exporting.add_argument("--record", type=Path, required=True, help="where the losses and their curve go")
+    exporting.add_argument("--snapshots", action="store_true", help="keep the weights along the way there too")
     exporting.add_argument(
         "--held-out-text", type=Path, action="append", default=[], help="a text file never trained on"
     )
