@@ -16,9 +16,10 @@ from ..data import BatchDigest, Batches, describe_batches
 from ..models import check_head, describe, device_of, infer_objective, measuring
 from ..objectives import Batch, LossFunction, num_scored
 from ..scores import Estimator, FisherScores, Reduction, Unit
-from .engines import Engine, batch_mean_engine, hooks_engine, loop_engine
+from .engines import Engine, batch_mean_engine, loop_engine
 from .estimand import PUBLISHED, Estimand
 from .halving import within_memory
+from .hooks import hooks_engine
 from .sharded import sharded_engine
 from .state import State
 

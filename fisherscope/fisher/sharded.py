@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from .. import distributed
 from ..objectives import Batch, LossFunction, num_scored, predict
 from .contributions import Contribution, accumulate
-from .engines import MOST_PLANS, Engine, Hooks, Recorder, Sink, frozen, size
+from .engines import Engine, size
 from .estimand import Estimand, check_finite
+from .hooks import MOST_PLANS, Hooks
 from .operations import Operation, Slot, Source
 from .plan import Plan, PlanOutdated
+from .recorder import Recorder, Sink, frozen
 from .sharding import Shards, without_warnings_of_views, zeros_of_whole
 
 logger = logging.getLogger(__name__)
