@@ -7,7 +7,7 @@
 
 import argparse
 import json
-import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,10 @@ def held_out_loss(weights: Path, tokenizer: Path, objective: str, data: str | Pa
 
     The sentinels and the end of a T5 target, which cost next to nothing, are not scored.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    words = AutoTokenizer.from_pretrained(tokenizer)
-    config = AutoConfig.from_pretrained(weights)
     import transformers
 
+    words = transformers.AutoTokenizer.from_pretrained(tokenizer)
+    config = transformers.AutoConfig.from_pretrained(weights)
     model = getattr(transformers, config.architectures[0]).from_pretrained(weights, dtype=torch.float32).eval()
     batches = fs.load_batches(data, words, objective=objective, num_examples=NUM_EXAMPLES, batch_size=32, seed=0)
     scored = [without_sentinels(model, batch, words) if objective == "seq2seq-lm" else batch for batch in batches]
@@ -119,34 +117,50 @@ def card(
     )
     heads = {"mlm": "| text | truth | guess |", "causal-lm": "| text | truth | greedy continuation |"}
     head = heads.get(run["objective"], "| text, spans dropped | truth | greedy answer |")
+    early = EARLY[run["objective"]].format(run["early_steps"])
+    facts = [
+        f"- Size: {model.num_parameters():,} parameters in float16, a vocabulary of {model.config.vocab_size:,} "
+        f"WordPieces; the shape is in `config.json`. The vocabulary{from_bert}.",
+        f"- Text: the training part of `builtin:docs` (documentation inside the standard library of Python "
+        f"{run['python']}, fingerprint `{run['docs_fingerprint']}`), {text[0]:,} tokens, and public-domain books, "
+        f"{sum(text[1:]):,} tokens; windows drawn from the two with shares {run['shares'][0]:.0%} and "
+        f"{1 - run['shares'][0]:.0%}.",
+        f"- Training: {run['steps']:,} steps of {run['batch_size']} windows of {lengths} tokens, about "
+        f"{tokens / 1e6:.0f} million tokens; {early}AdamW, learning rate {run['learning_rate']:g}, warm-up, constant, "
+        f"linear decay over the last fifth; {'bf16 autocast' if run['bf16'] else 'float32'}; {run['hours']:.1f} hours "
+        f"on {run['device']}; `scripts/pretrain_builtin.py`.",
+    ]
+    intro = f"{what[0].upper()}{what[1:]}, pretrained for fisherscope so that everything it does can be tried offline "
+    intro += "on a model that has learned something. Not for any other use."
+    reading = (
+        "Always guessing the frequencies of the tokens costs the unigram entropy, knowing nothing ln V. The losses "
+    )
+    reading += f"along the way and their curve are in `figures/data/{record.name}/` of the repository."
+    answers = "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in said)
     return f"""# builtin:{run["model"]}
 
-{what[0].upper()}{what[1:]}, pretrained for fisherscope so that everything it does can be tried offline on a model that
-has learned something. Not for any other use.
+{_wrapped(intro)}
 
-- Size: {model.num_parameters():,} parameters in float16, a vocabulary of {model.config.vocab_size:,} WordPieces; the
-  shape is in `config.json`. The vocabulary{from_bert}.
-- Text: the training part of `builtin:docs` (documentation inside the standard library of Python {run["python"]},
-  fingerprint `{run["docs_fingerprint"]}`), {text[0]:,} tokens, and public-domain books, {sum(text[1:]):,} tokens;
-  windows drawn from the two with shares {run["shares"][0]:.0%} and {1 - run["shares"][0]:.0%}.
-- Training: {run["steps"]:,} steps of {run["batch_size"]} windows of {lengths} tokens, about {tokens / 1e6:.0f} million
-  tokens; {EARLY[run["objective"]].format(run["early_steps"])}AdamW, learning rate {run["learning_rate"]:g},
-  warm-up, constant, linear decay over the last fifth; {"bf16 autocast" if run["bf16"] else "float32"};
-  {run["hours"]:.1f} hours on {run["device"]}; `scripts/pretrain_builtin.py`.
+{chr(10).join(map(_wrapped, facts))}
 
 | text | loss, nats per {unit} | unigram entropy of these tokens | ln V | {unit}s |
 |---|---|---|---|---|
 {table}
 
-Always guessing the frequencies of words costs the unigram entropy, knowing nothing ln V = {math.log(4096):.3f}. The
-curve of the losses is in `figures/data/{record.name}/` of the repository.
+{_wrapped(reading)}
 
-What it says to the first held-out passages, with no choice among runs:
+What it says to held-out passages, the first of ten modules, none left out:
 
 {head}
 |---|---|---|
-{chr(10).join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in said)}
+{answers}
 """
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(
+        text, 120, subsequent_indent="  " * text.startswith("- "), break_on_hyphens=False, break_long_words=False
+    )
 
 
 def samples(folder: Path, objective: str) -> list[tuple[str, ...]]:

@@ -145,7 +145,10 @@ def next_tokens(window: np.ndarray, draw: np.random.Generator, tokenizer: PreTra
 def dropped_spans(window: np.ndarray, draw: np.random.Generator, tokenizer: PreTrainedTokenizerFast) -> Example:
     sentinels = tokenizer.convert_tokens_to_ids(SENTINELS)
     inputs, targets = corrupt_spans(window[1:], draw, sentinels=sentinels)
-    return {"input_ids": np.append(inputs, tokenizer.eos_token_id), "labels": np.append(targets, tokenizer.eos_token_id)}
+    return {
+        "input_ids": np.append(inputs, tokenizer.eos_token_id),
+        "labels": np.append(targets, tokenizer.eos_token_id),
+    }
 
 
 def second_half(window: np.ndarray, draw: np.random.Generator, tokenizer: PreTrainedTokenizerFast) -> Example:
