@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import plots, testing
     from .comparison import compare
-    from .data import Batches, Source, load_batches, read_source
+    from .data import TASKS, Batches, Source, Task, load_batches, read_source, read_task
     from .fisher import estimate_fisher
     from .landscape import Axis, Landscape, random_directions, scan_landscape
     from .masks import Mask, MaskMismatch, bottom_fraction, random_fraction, top_fraction
@@ -27,6 +27,9 @@ _HOME = {
     "Source": ".data",
     "load_batches": ".data",
     "read_source": ".data",
+    "read_task": ".data",
+    "Task": ".data",
+    "TASKS": ".data",
     "estimate_fisher": ".fisher",
     "Axis": ".landscape",
     "Landscape": ".landscape",

@@ -190,8 +190,7 @@ class FisherScores(Mapping[str, Tensor]):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            WrongFile: If it holds something else, another version, or is damaged.
-            ValueError: If a score in it is negative or not finite.
+            WrongFile: If it holds something else, another version, a negative score, or is damaged.
         """
         with storage.open_hdf5(path, FORMAT) as file:
             facts = storage.attributes(file)
@@ -205,9 +204,12 @@ class FisherScores(Mapping[str, Tensor]):
             if "progress" in facts:
                 tensors, first_half = means([tensors, read_tensors(file, "second_half")], num_examples)
             quarters = Quarters.read(file)
-        return FisherScores(
-            tensors, num_examples, **kind, provenance=provenance, first_half=first_half or None, quarters=quarters
-        )
+        try:
+            return FisherScores(
+                tensors, num_examples, **kind, provenance=provenance, first_half=first_half or None, quarters=quarters
+            )
+        except ValueError as error:
+            raise storage.WrongFile(f"{path} cannot be used: {error}") from error
 
 
 By = Literal["layer", "parameter"]

@@ -217,7 +217,8 @@ def test_stability_of_a_run_is_drawn(flags: list[str], tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["fisher", "--model", "x"], "the following arguments are required: --data, --out"),
+        (["fisher", "--model", "x"], "the following arguments are required: --out"),
+        (["fisher", "--model", "x", "--out", "x.h5"], "one of the arguments --data --task is required"),
         (["landscape", "--points", "three"], "argument --points: invalid int value: 'three'"),
         (["nonsense"], "invalid choice: 'nonsense'"),
     ],

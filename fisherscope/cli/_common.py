@@ -1,16 +1,18 @@
 """Flags and steps that several commands share."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from .. import storage
-from ..data.sources import OBJECTIVES
+from ..data.sources import LABELLED_OBJECTIVES, OBJECTIVES, read_source
+from ..data.tasks import TASKS, read_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..data import Batches
+    from ..data import Batches, Source
 
 
 def add_model_and_data_flags(
@@ -18,15 +20,19 @@ def add_model_and_data_flags(
 ) -> None:
     """The keywords of ``load_model`` and ``load_batches``; with ``may_choose``, the batch size may be ``auto``."""
     model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, help="Hub name, local folder, or builtin:bert")
+    model.add_argument("--model", required=True, help="Hub name, local folder, or builtin:bert, builtin:gpt2, builtin:t5")
     model.add_argument("--objective", choices=OBJECTIVES, help="default: that of the checkpoint's head")
     model.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     model.add_argument("--device", help="for example cuda:1; default: CUDA where there is one")
     model.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32", help="of the weights")
     data = parser.add_argument_group("data")
+    origin = data.add_mutually_exclusive_group(required=True)
+    origin.add_argument("--data", help="Hub name, .txt .csv .tsv .json .jsonl .parquet file, folder, or builtin:docs")
+    origin.add_argument("--task", choices=TASKS, metavar="NAME", help=f"instead of --data: {', '.join(TASKS)}")
     data.add_argument(
-        "--data", required=True, help="Hub name, .txt .csv .tsv .json .jsonl .parquet file, folder, or builtin:docs"
+        "--data-dir", type=Path, metavar="FOLDER", help="with the files of the task as published; default: the Hub"
     )
+    data.add_argument("--split", help="of the task: train or validation; default: train")
     data.add_argument(
         "--num-examples",
         type=int,
@@ -45,6 +51,7 @@ def add_model_and_data_flags(
     )
     data.add_argument("--text-columns", nargs="+", metavar="COLUMN", help="one or two columns with text")
     data.add_argument("--label-column", metavar="COLUMN", help="for classification and regression")
+    parser.set_defaults(refuse=parser.error)
 
 
 def add_memory_flags(parser: "argparse.ArgumentParser | argparse._ArgumentGroup") -> None:
@@ -101,14 +108,14 @@ def output_is_complete(args: argparse.Namespace) -> bool:
 
 def load(args: argparse.Namespace) -> "tuple[PreTrainedModel, Batches, str]":
     """The model, the data for it, and the objective."""
+    _check_data_flags(args)
     import torch
 
-    from ..data import load_batches, read_source
+    from ..data import load_batches
     from ..data.sources import with_class_order
-    from ..models import load_model, saved_classes, saved_objective
+    from ..models import load_model, saved_classes
 
-    objective = args.objective or saved_objective(args.model, revision=args.revision)
-    source = read_source(args.data, objective=objective, text_columns=args.text_columns, label_column=args.label_column)
+    source, objective = _read(args)
     num_labels = source.num_labels
     if objective == "classification" and (classes := saved_classes(args.model, revision=args.revision)):
         source = with_class_order(source, classes)
@@ -132,3 +139,26 @@ def load(args: argparse.Namespace) -> "tuple[PreTrainedModel, Batches, str]":
         seed=args.seed,
     )
     return model, batches, objective
+
+
+def _check_data_flags(args: argparse.Namespace) -> None:
+    unfit = ("data_dir", "split") if args.task is None else ("text_columns", "label_column")
+    given = [f"--{name.replace('_', '-')}" for name in unfit if getattr(args, name) is not None]
+    if given:
+        args.refuse(f"argument {given[0]}: only with {'--task' if args.task is None else '--data'}")
+    if args.task and args.objective in LABELLED_OBJECTIVES and args.objective != TASKS[args.task].objective:
+        args.refuse(f"argument --objective: {args.task} is a task of {TASKS[args.task].objective}")
+
+
+def _read(args: argparse.Namespace) -> "tuple[Source, str]":
+    """The texts, with labels if the objective needs them, and the objective."""
+    from ..models import saved_objective
+
+    if args.task is not None:
+        source = read_task(args.task, args.split or "train", data_dir=args.data_dir)
+        if args.objective not in (None, *LABELLED_OBJECTIVES):
+            source = replace(source, labels=None, label_names=None, label_column=None)
+        return source, args.objective or TASKS[args.task].objective
+    objective = args.objective or saved_objective(args.model, revision=args.revision)
+    columns = {"text_columns": args.text_columns, "label_column": args.label_column}
+    return read_source(args.data, objective=objective, **columns), objective

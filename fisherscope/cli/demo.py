@@ -1,4 +1,4 @@
-"""``fisherscope demo``: the main job on the built-in model, as the very commands a user would type."""
+"""``fisherscope demo``: the main job on the built-in models, as the very commands a user would type."""
 
 import argparse
 import time
@@ -6,8 +6,13 @@ from pathlib import Path
 
 from ._common import add_general_flags
 
-MODEL_AND_DATA = ["--model", "builtin:bert", "--data", "builtin:docs"]
+MODELS = ("builtin:bert", "builtin:gpt2", "builtin:t5")  # surfaces are drawn of the first
 MASKS = ("top", "bottom", "random")
+SORTED = {
+    "sorted_entries": ["--kind", "sorted"],
+    "sorted_parameters": ["--kind", "sorted", "--by", "parameter"],
+    "sorted_parameters_normalized": ["--kind", "sorted", "--by", "parameter", "--normalized"],
+}
 TITLES = ["all entries", "top 50 %", "bottom 50 %", "random 50 %"]
 
 
@@ -35,33 +40,36 @@ def run(args: argparse.Namespace) -> None:
 
 def _commands(out: Path, points: int) -> list[list[str]]:
     """What the demo does, command by command."""
-    scores, surfaces = str(out / "scores.h5"), [str(out / f"surface_{name}.h5") for name in ("all", *MASKS)]
+    scores = {model: str(out / f"scores_{_short(model)}.h5") for model in MODELS}
     masks = {name: str(out / f"{name}50.safetensors") for name in MASKS}
-    scan = ["landscape", *MODEL_AND_DATA, "--num-examples", "48", "--points", str(points), "--span", "0.8"]
-    figures = [
-        ["plot", *surfaces, "--kind", kind, "--titles", *TITLES, "--out", str(out / f"{name}.{suffix}")]
-        for kind, name in (("surface", "surfaces"), ("contour", "contours"))
-        for suffix in ("pdf", "png")
-    ]
-    score_figures = [
-        ["plot", scores, *flags, "--out", str(out / f"{name}.{suffix}")]
-        for flags, name in (
-            (["--kind", "sorted"], "sorted_entries"),
-            (["--kind", "sorted", "--by", "parameter"], "sorted_parameters"),
-            (["--kind", "sorted", "--by", "parameter", "--normalized"], "sorted_parameters_normalized"),
-            (["--kind", "layers"], "layers"),
-        )
-        for suffix in ("pdf", "png")
-    ]
+    surfaces = [str(out / f"surface_{name}.h5") for name in ("all", *MASKS)]
+    scan = ["landscape", *_model_and_data(MODELS[0]), "--num-examples", "48", "--points", str(points), "--span", "0.8"]
+    figures = {
+        "surfaces": [*surfaces, "--kind", "surface", "--titles", *TITLES],
+        "contours": [*surfaces, "--kind", "contour", "--titles", *TITLES],
+        **{f"layers_{_short(model)}": [scores[model], "--kind", "layers"] for model in MODELS},
+        **{name: [*scores.values(), *flags, "--titles", *MODELS] for name, flags in SORTED.items()},
+    }
     return [
-        ["fisher", *MODEL_AND_DATA, "--num-examples", "512", "--out", scores],
-        *(["mask", scores, "--select", name, "--fraction", "0.5", "--out", masks[name]] for name in MASKS),
+        *(["fisher", *_model_and_data(model), "--num-examples", "512", "--out", scores[model]] for model in MODELS),
+        *(["mask", scores[MODELS[0]], "--select", name, "--fraction", "0.5", "--out", masks[name]] for name in MASKS),
         [*scan, "--out", surfaces[0]],
         *([*scan, "--mask", masks[name], "--out", surface] for name, surface in zip(MASKS, surfaces[1:], strict=True)),
-        *figures,
+        *(
+            ["plot", *words, "--out", str(out / f"{name}.{suffix}")]
+            for name, words in figures.items()
+            for suffix in ("pdf", "png")
+        ),
         ["plot", *surfaces, "--titles", *TITLES, "--out", str(out / "surfaces.html")],
-        *score_figures,
     ]
+
+
+def _model_and_data(model: str) -> list[str]:
+    return ["--model", model, "--data", "builtin:docs"]
+
+
+def _short(model: str) -> str:
+    return model.removeprefix("builtin:")
 
 
 def _run(command: list[str]) -> None:
@@ -77,7 +85,7 @@ def _write_page(out: Path, commands: list[list[str]], seconds: float) -> None:
     from ..landscape import Landscape
     from ..scores import FisherScores
 
-    scores = FisherScores.load(out / "scores.h5")
+    scores = {model: FisherScores.load(out / f"scores_{_short(model)}.h5") for model in MODELS}
     surfaces = [Landscape.load(out / f"surface_{name}.h5") for name in ("all", *MASKS)]
     references = surfaces[0].references
     rows = "\n".join(
@@ -86,17 +94,30 @@ def _write_page(out: Path, commands: list[list[str]], seconds: float) -> None:
         for title, surface in zip(TITLES, surfaces, strict=True)
     )
     listing = "\n".join("fisherscope " + " ".join(_shown(word, out) for word in command) for command in commands)
-    facts = scores.provenance
+    shares = "\n".join(
+        f"| `{model}` | {found.num_examples} | {found.num_entries:,} | {100 * found.share_holding(0.5):.2g} % "
+        f"| {100 * found.share_holding(0.9):.2g} % |"
+        for model, found in scores.items()
+    )
+    facts = scores[MODELS[0]].provenance
     text = f"""# What the demo found
 
-Fisher scores and loss surfaces of `builtin:bert` on held-out text, `builtin:docs`.
+Fisher scores of the built-in models on held-out text, `builtin:docs`, and loss surfaces of `{MODELS[0]}`.
+
+## Scores
+
+![The scores of three models, sorted](sorted_entries.png)
+
+| model | examples with something to score | entries | of them hold half of the summed Fisher information | 90 % |
+|---|---|---|---|---|
+{shares}
+
+## Surfaces
 
 ![Four loss surfaces](surfaces.png)
 
-- Scores: {scores.num_examples} examples ({facts["skipped"]} more had no masked token), {scores.num_entries:,} entries;
-  {100 * scores.share_holding(0.5):.2g} % of the entries hold half of the summed Fisher information.
-- Loss of the model itself: **{surfaces[0].centre_loss:.4f}** nats per masked token (guessing uniformly: ln V =
-  {references["uniform"]:.4f}; entropy of the masked tokens: {references["unigram"]:.4f}).
+Loss of `{MODELS[0]}` itself: **{surfaces[0].centre_loss:.4f}** nats per masked token (guessing uniformly: ln V =
+{references["uniform"]:.4f}; entropy of the masked tokens: {references["unigram"]:.4f}).
 
 | moves | entries that move | ‖direction 1‖ | ‖direction 2‖ | lowest loss | highest loss |
 |---|---|---|---|---|---|

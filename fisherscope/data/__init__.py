@@ -6,6 +6,7 @@
 from typing import TYPE_CHECKING, Any
 
 from .sources import OBJECTIVES, Source, read_source
+from .tasks import TASKS, Task, read_task
 
 if TYPE_CHECKING:
     from .encoding import BatchDigest, Batches, describe_batches, load_batches, padding_id
@@ -19,6 +20,9 @@ __all__ = [
     "Source",
     "padding_id",
     "read_source",
+    "read_task",
+    "Task",
+    "TASKS",
 ]
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..builtin import docs
+from ..builtin import docs, tasks
 
 if TYPE_CHECKING:
     import datasets
@@ -78,7 +78,8 @@ def read_source(
     Args:
         data: One of the following.
 
-            - ``builtin:docs`` (the held-out part) or ``builtin:docs/train``.
+            - ``builtin:docs`` (the held-out part) or ``builtin:docs/train``; in the same way the labelled tasks
+              ``builtin:acceptability``, ``builtin:pairs``, ``builtin:similarity`` and ``builtin:topic``.
             - A file. ``.txt``: paragraphs between blank lines, or without any blank line one example per line.
               ``.tsv``: tab separated with a header, quoting off. ``.csv``: quoting on, and tab separated if the
               header holds tabs and no comma. ``.json`` and ``.jsonl``: a list of objects, or one object per line.
@@ -339,10 +340,15 @@ def _local(data: str | Path) -> tuple[Path | None, str | None]:
 
 
 def _read_builtin(data: str) -> _Table:
-    parts: dict[str, docs.Part] = {"builtin:docs": "held-out", "builtin:docs/train": "train"}
-    if data not in parts:
-        raise ValueError(f"Built-in data is {' (held-out) or '.join(parts)}; got {data!r}.")
-    return _Table(data, {"text": [passage.text for passage in docs.passages(parts[data])]})
+    name, slash, split = data.removeprefix("builtin:").partition("/")
+    part: docs.Part = "train" if slash else "held-out"
+    if name not in ("docs", *tasks.TASKS) or split not in ("", "train") or data.endswith("/"):
+        known = ", ".join(f"builtin:{known}" for known in ("docs", *tasks.TASKS))
+        raise ValueError(f"Built-in data is {known} (the held-out part), or one of them and /train; got {data!r}.")
+    if name == "docs":
+        return _Table(data, {"text": [passage.text for passage in docs.passages(part)]})
+    class_names = tasks.class_names(name)
+    return _Table(data, tasks.table(name, part), {"label": class_names} if class_names else {})
 
 
 # Text formats are read with the standard library rather than the builders of datasets: those guess types ("001"
