@@ -110,7 +110,9 @@ def card(
     tokens = run["steps"] * run["batch_size"] * sum(run["lengths"]) / len(run["lengths"])
     what, unit = WHAT[run["objective"]]
     lengths, text = ", ".join(map(str, run["lengths"])), run["text_tokens"]
-    from_bert = " begins with that of `builtin:bert`, as do the token embeddings" if run["from_bert"] else " is its own"
+    words = "The vocabulary is its own"
+    if run["from_bert"]:
+        words = "The vocabulary, and the token embeddings that training began with, are those of `builtin:bert`"
     table = "\n".join(
         f"| {name} | **{r['loss']:.3f}** | {r['unigram']:.3f} | {r['uniform']:.3f} | {r['tokens']:,} |"
         for name, r in losses.items()
@@ -120,7 +122,7 @@ def card(
     early = EARLY[run["objective"]].format(run["early_steps"])
     facts = [
         f"- Size: {model.num_parameters():,} parameters in float16, a vocabulary of {model.config.vocab_size:,} "
-        f"WordPieces; the shape is in `config.json`. The vocabulary{from_bert}.",
+        f"WordPieces; the shape is in `config.json`. {words}.",
         f"- Text: the training part of `builtin:docs` (documentation inside the standard library of Python "
         f"{run['python']}, fingerprint `{run['docs_fingerprint']}`), {text[0]:,} tokens, and public-domain books, "
         f"{sum(text[1:]):,} tokens; windows drawn from the two with shares {run['shares'][0]:.0%} and "
@@ -136,7 +138,7 @@ def card(
         "Always guessing the frequencies of the tokens costs the unigram entropy, knowing nothing ln V. The losses "
     )
     reading += f"along the way and their curve are in `figures/data/{record.name}/` of the repository."
-    answers = "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in said)
+    answers = "\n".join("| " + " | ".join(f"`{cell}`" if cell else "" for cell in row) + " |" for row in said)
     return f"""# builtin:{run["model"]}
 
 {_wrapped(intro)}
@@ -187,7 +189,7 @@ def _continue(model: Any, tokenizer: Any, text: str) -> tuple[str, ...]:
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     prompt, truth = ids[:, :PROMPT_TOKENS], ids[0, PROMPT_TOKENS : PROMPT_TOKENS + NEW_TOKENS]
     made = _generated(model, prompt)[PROMPT_TOKENS:]
-    return tokenizer.decode(prompt[0]), tokenizer.decode(truth), tokenizer.decode(made)
+    return tokenizer.decode(prompt[0]), tokenizer.decode(truth), tokenizer.decode(made, skip_special_tokens=True)
 
 
 def _restore(model: Any, tokenizer: Any, text: str) -> tuple[str, ...]:

@@ -394,7 +394,8 @@ def test_places_that_are_refused(tmp_path):
         "a.parquet is not a readable Parquet file: "
     )
     assert refused("builtin:books", "mlm") == (
-        "Built-in data is builtin:docs (held-out) or builtin:docs/train; got 'builtin:books'."
+        "Built-in data is builtin:docs, builtin:acceptability, builtin:pairs, builtin:similarity, builtin:topic (the "
+        "held-out part), or one of them and /train; got 'builtin:books'."
     )
 
 
