@@ -79,17 +79,18 @@ def draw_curve(record: Path) -> None:
     early = run["early_steps"] if EARLY[run["objective"]] else 0
     for label, color, part in (
         ("training text, next tokens", ORANGE, [r for r in rows if r["step"] <= early]),
-        (f"training text, {late}", GRAY, [r for r in rows if r["step"] > early]),
+        (f"training text{', ' + late if early else ''}", GRAY, [r for r in rows if r["step"] > early]),
     ):
         if part:
             axes.plot([r["step"] for r in part], [r["loss"] for r in part], color=color, lw=1, label=label)
     points = [(r["step"], r["loss"]) for r in curve]
-    axes.plot(*zip(*points, strict=True), "o", color=BLUE, ms=4, label=f"held-out docs, {late}")
+    axes.plot(*zip(*points, strict=True), "o", color=BLUE, ms=4, label=f"held-out docs{', ' + late if early else ''}")
     for name, label in (("uniform", "ln V"), ("unigram", "unigram entropy, held-out docs")):
         axes.axhline(curve[-1][name], color="black", lw=0.7, ls="--")
         place = {"xycoords": ("axes fraction", "data"), "ha": "right", "va": "bottom", "size": 7}
         axes.annotate(label, (0.99, curve[-1][name]), **place)
-    axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(2.5, None))
+    lowest, highest = min(r["loss"] for r in [*rows, *curve]), curve[-1]["uniform"]
+    axes.set(xlabel="step", ylabel="loss (nats per token)", ylim=(lowest - 0.3, highest + 0.5))
     axes.legend(frameon=False, fontsize=7, loc=(0.5, 0.64))
     figure.savefig(record / "loss_curve.png")
 

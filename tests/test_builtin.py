@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 import fisherscope as fs
 from fisherscope.objectives import reference_losses
@@ -17,9 +17,9 @@ from fisherscope.objectives import reference_losses
 ROOT = Path(__file__).parent.parent
 DATA = ROOT / "figures" / "data"
 TRAJECTORY = DATA / "bert_trajectory"
-RECORDS = {"bert": TRAJECTORY, "gpt2": DATA / "gpt2_pretraining", "t5": DATA / "t5_pretraining"}
-OBJECTIVES = {"bert": "mlm", "gpt2": "causal-lm", "t5": "seq2seq-lm"}
-CLASSES = {"bert": AutoModelForMaskedLM, "gpt2": AutoModelForCausalLM, "t5": AutoModelForSeq2SeqLM}
+RECORDS = {"bert": TRAJECTORY, "gpt2": DATA / "gpt2_pretraining"}
+OBJECTIVES = {"bert": "mlm", "gpt2": "causal-lm"}
+CLASSES = {"bert": AutoModelForMaskedLM, "gpt2": AutoModelForCausalLM}
 
 each_model = pytest.mark.parametrize("name", RECORDS)
 
@@ -57,19 +57,14 @@ def test_opens_with_transformers_alone(name: str) -> None:
 
 def test_all_share_one_vocabulary() -> None:
     vocabularies = [fs.load_model(f"builtin:{name}", device="cpu")[1].get_vocab() for name in RECORDS]
-    assert vocabularies[0] == vocabularies[1] == vocabularies[2]
+    assert vocabularies[0] == vocabularies[1]
 
 
-def test_gpt2_and_t5_continue_and_fill_in_with_words() -> None:
+def test_gpt2_continues_with_words() -> None:
     model, tokenizer = fs.load_model("builtin:gpt2", device="cpu")
     ids = tokenizer("this function returns the", return_tensors="pt")["input_ids"]
     made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     assert len(tokenizer.decode(made[0, ids.shape[1] :]).split()) >= 4
-    model, tokenizer = fs.load_model("builtin:t5", device="cpu")
-    ids = tokenizer("return the <extra_id_0> of the list.", return_tensors="pt")["input_ids"]
-    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)[0].tolist()
-    assert made[1] == tokenizer.convert_tokens_to_ids("<extra_id_0>")
-    assert made[2] not in tokenizer.all_special_ids
 
 
 @pytest.mark.parametrize(("name", "keys"), [("bert", 4), ("gpt2", 4)])
@@ -107,7 +102,7 @@ def test_trajectory_ends_at_the_model() -> None:
 
 
 @pytest.mark.slow
-@each_model
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
 def test_pretraining_script_trains_resumes_and_exports(name: str, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(f"The cat number {i} sat on the mat." for i in range(300)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ._common import add_general_flags
 
-MODELS = ("builtin:bert", "builtin:gpt2", "builtin:t5")  # surfaces are drawn of the first
+MODELS = ("builtin:bert", "builtin:gpt2")  # surfaces are drawn of the first
 MASKS = ("top", "bottom", "random")
 SORTED = {
     "sorted_entries": ["--kind", "sorted"],
@@ -106,7 +106,7 @@ Fisher scores of the built-in models on held-out text, `builtin:docs`, and loss 
 
 ## Scores
 
-![The scores of three models, sorted](sorted_entries.png)
+![The scores of the models, sorted](sorted_entries.png)
 
 | model | examples with something to score | entries | of them hold half of the summed Fisher information | 90 % |
 |---|---|---|---|---|
