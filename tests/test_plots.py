@@ -754,6 +754,21 @@ def test_printed_layers_stand_from_the_top_down():
     assert axes.get_xscale() == "log"
 
 
+@pytest.mark.parametrize("spread_by", [1.3, 3.0, 20.0, 70.0, 1e4, 1e9])
+def test_labels_of_a_logarithmic_axis_have_room(spread_by: float):
+    values = np.geomspace(2e-5, 2e-5 * spread_by, 4)
+    given = scores({f"net.layer.{k}.weight": [value] * 3 for k, value in enumerate(values.tolist())}, prefix="net.")
+    figure = _matplotlib.layer_scores(layers(given, None))
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw(renderer)
+    axis = figure.axes[0].xaxis
+    low, high = axis.get_view_interval()
+    ticks = [tick for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()) if low <= tick.get_loc() <= high]
+    boxes = [t.label1.get_window_extent(renderer) for t in ticks if t.label1.get_text()]
+    assert len(boxes) >= 1
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
 def test_printed_comparisons_are_the_agreement_and_the_counts():
     drawn = PREPARED["comparison"]()
     assert isinstance(drawn, Compared) and drawn.histogram is not None

@@ -1,5 +1,6 @@
 """Figures for print, by matplotlib, made without pyplot, so that nothing global changes."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,17 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, NullFormatter
+from matplotlib.ticker import (
+    EngFormatter,
+    FormatStrFormatter,
+    LogFormatterSciNotation,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+)
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from .._typing import Float
@@ -125,7 +134,20 @@ def layer_scores(layers: Layers) -> Figure:
     single.axes.grid(axis="y", color="0.85", linewidth=0.5)
     single.axes.tick_params(axis="y", length=0)
     single.axes.set_xscale("log")
+    _label_few(single.axes.xaxis)
     return single.finished()
+
+
+def _label_few(axis: Axis) -> None:
+    """On a logarithmic axis: powers of ten; where they are few, three times them too, or round numbers instead."""
+    low, high = axis.get_view_interval()
+    if high < 8 * low:
+        axis.set_major_locator(MaxNLocator(3))
+        axis.set_major_formatter(FormatStrFormatter("%.2g"))
+    elif high < 100 * low:
+        axis.set_major_locator(LogLocator(subs=(1, 3)))
+        axis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(math.inf, math.inf)))
+    axis.set_minor_formatter(NullFormatter())
 
 
 @matplotlib.rc_context(STYLE)
