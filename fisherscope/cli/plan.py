@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The keywords of ``plan_memory``."""
-    parser.add_argument(
-        "--model", required=True, help="Hub name, local folder, built-in model, or a config.json"
-    )
+    parser.add_argument("--model", required=True, help="Hub name, local folder, built-in model, or a config.json")
     parser.add_argument("--objective", choices=OBJECTIVES, help="default: that of the checkpoint's head")
     parser.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     parser.add_argument("--device", help="for example cuda:1; default: CUDA where there is one")
