@@ -40,7 +40,7 @@ def mean_loss(model: torch.nn.Module, batches: fs.Batches, objective: str) -> fl
 
 @each_model
 def test_is_a_language_model(name: str) -> None:
-    model, batches = loaded(name)
+    model, batches = loaded(name, 300)  # the entropy of few tokens is too low
     assert next(model.parameters()).dtype == torch.float32 and not model.training
     references = reference_losses(model, batches, OBJECTIVES[name])
     assert mean_loss(model, batches, OBJECTIVES[name]) < references["unigram"] - 1.5 < references["uniform"]

@@ -326,13 +326,15 @@ def fisher(model: Path, out: Path, *words: object) -> int:
     return main(["fisher", *map(str, ["--model", model, "--device", "cpu", "--out", out, *words])])
 
 
-def test_task_on_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_task_on_the_command_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     rows = [f"{i}\ta b c d e f\tc d\t{label}" for i, label in enumerate(["entailment", "not_entailment"] * 4)]
     data = rte(tmp_path / "RTE", *rows)
     rte(tmp_path / "RTE", *rows[:3], file="dev.tsv")
     words = ["--task", "rte", "--data-dir", tmp_path]
     assert fisher(model, tmp_path / "a.h5", *words) == 0
-    assert "rte:train has 8 examples here, but 2490 as published." in capsys.readouterr().err
+    assert "rte:train has 8 examples here, but 2490 as published." in caplog.text
     scores = fs.FisherScores.load(tmp_path / "a.h5")
     facts = scores.provenance
     assert (scores.num_examples, facts["objective"], facts["data"]["source"]) == (8, "classification", "rte:train")
