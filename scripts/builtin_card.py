@@ -167,7 +167,7 @@ def _wrapped(text: str) -> str:
 
 
 def samples(folder: Path, objective: str) -> list[tuple[str, ...]]:
-    """Text, truth and answer for the first ten held-out passages of ten modules."""
+    """Text, truth and answer for the first held-out passage of each of ten modules."""
     model, tokenizer = fs.load_model(folder, device="cpu")
     first = {p.source: p.text for p in reversed(docs.passages())}
     texts = [first[source] for source in sorted(first)][:: max(len(first) // NUM_SAMPLES, 1)][:NUM_SAMPLES]

@@ -372,6 +372,22 @@ def test_tied_uses_that_cancel_leave_nothing():
     torch.testing.assert_close(score, (2 * products).square().sum(0))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1, 1), (3, 4, 1), (3, 4, 7)], ids=str)
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)], ids=["as usual", "last axis first"])
+def test_tied_gradients_of_any_layout_are_used_and_left_alone(shape: tuple[int, ...], order: tuple[int, ...]):
+    """Gradients of sums and means are one number, expanded."""
+    draw = torch.Generator().manual_seed(3)
+    drawn = [torch.randn(size, generator=draw).double() for size in (shape, (3, 4, 5), (3, 4, 5))]
+    left = drawn[0].permute(order).contiguous().permute(order).expand(3, 4, 7)
+    right, gradients, tokens = drawn[1], drawn[2], torch.randint(0, 7, (3, 4), generator=draw)
+    before, score, wanted = left.clone(), torch.zeros(7, 5).double(), torch.zeros(7, 5).double()
+    for n in range(3):
+        wanted += (left[n].T @ right[n]).index_add(0, tokens[n], gradients[n]).square()
+    accumulate(score, [Lookup(tokens, gradients), Outer(left, right)])
+    torch.testing.assert_close(score, wanted)
+    assert torch.equal(left, before)
+
+
 @pytest.mark.parametrize("make", [lambda: nn.Linear(3, 2), MODULES["multilayer"][0]], ids=["one layer", "two layers"])
 def test_inputs_that_want_a_gradient(make: Callable[[], nn.Module]):
     model = moved(make())

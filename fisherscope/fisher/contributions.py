@@ -169,6 +169,7 @@ def _accumulate_tied(score: Tensor, lookup: Lookup, outer: Outer) -> None:
     .. math::  \sum_n (H_n + E_n)^2 = \sum_n \Big( \sum_{v \notin n} H_n[v]^2 + \sum_{v \in n} (H_n[v] + E_n[v])^2 \Big)
     """
     left, right, offsets = compact(outer.left, outer.right)
+    left = left.contiguous()  # a gradient that is the same everywhere is one number, which cannot be set to 0 in places
     done: list[tuple[Tensor, Tensor, Tensor]] = []
     examples, ids, sums = lookup.segments(len(score))
     bounds = torch.searchsorted(examples, torch.arange(outer.num_examples + 1, device=examples.device)).tolist()
