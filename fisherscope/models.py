@@ -10,6 +10,7 @@ import logging
 import re
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -392,6 +393,65 @@ def align(tensors: Mapping[str, Tensor], prefix: str, model: nn.Module) -> dict[
         if found is not None and found.shape == parameter.shape:
             result[name] = found
     return result
+
+
+@dataclass(frozen=True, eq=False)
+class DropoutSite:
+    """A place where a model drops activations: an ``nn.Dropout``, or a rate that a module hands to functions.
+
+    Attributes:
+        name: Path of the dropout module, or of the attribute that holds the rate.
+        holder: Path of the module that holds it; the empty path is the model itself.
+        module: What has the rate as an attribute.
+        attribute: Name of that attribute.
+        parameters: Canonical names of the parameters of the holder, those of numbered blocks inside it left out.
+    """
+
+    name: str
+    holder: str
+    module: nn.Module
+    attribute: str
+    parameters: tuple[str, ...]
+
+    @property
+    def rate(self) -> float:
+        """Share of the activations that is dropped in training."""
+        return getattr(self.module, self.attribute)
+
+    @rate.setter
+    def rate(self, value: float) -> None:
+        setattr(self.module, self.attribute, value)
+
+
+def dropout_sites(model: nn.Module, *, backbone_only: bool = True) -> list[DropoutSite]:
+    """Where a model drops activations, in the order of its modules.
+
+    A site is an ``nn.Dropout`` or a number that a module keeps under ``dropout`` or ``…_dropout``, as the attention
+    of T5 and all of BART do. Rates of dropping whole layers are none.
+
+    Args:
+        model: The model.
+        backbone_only: Leave out the sites of the head.
+    """
+    canonical = {id(p): name for name, p in model.named_parameters()}
+    found = []
+    for path, module in model.named_modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            holder = path.rpartition(".")[0]
+            places = [(path, holder, "p")]
+        else:
+            rates = [a for a, value in vars(module).items() if _is_dropout(a) and isinstance(value, float)]
+            places = [(f"{path}.{a}" if path else a, path, a) for a in rates]
+        for name, holder, attribute in places:
+            own = model.get_submodule(holder).named_parameters(remove_duplicate=False)
+            names = dict.fromkeys(canonical[id(p)] for n, p in own if not re.search(r"(^|\.)\d+\.", n))
+            found.append(DropoutSite(name, holder, module, attribute, tuple(names)))
+    prefix = backbone_prefix(model)
+    return [site for site in found if site.name.startswith(prefix)] if backbone_only else found
+
+
+def _is_dropout(attribute: str) -> bool:
+    return attribute == "dropout" or attribute.endswith("_dropout")
 
 
 @contextlib.contextmanager

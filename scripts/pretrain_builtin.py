@@ -151,10 +151,23 @@ def dropped_spans(window: np.ndarray, draw: np.random.Generator, tokenizer: PreT
     }
 
 
-def second_half(window: np.ndarray, draw: np.random.Generator, tokenizer: PreTrainedTokenizerFast) -> Example:
-    """The first half as input, the other as target."""
-    middle = len(window) // 2
-    return {"input_ids": np.append(window[:middle], tokenizer.eos_token_id), "labels": window[middle:]}
+def next_tokens_by_t5_encoder(
+    window: np.ndarray, draw: np.random.Generator, tokenizer: PreTrainedTokenizerFast
+) -> Example:
+    """The next token for every position of the encoder, which sees only what is left of it."""
+    hidden = np.where(np.tri(len(window), dtype=bool), 0.0, np.finfo(np.float32).min)[None]
+    labels = np.append(window[1:], IGNORED)
+    return {"input_ids": window, "attention_mask": hidden.astype(np.float32), "encoder_labels": labels}
+
+
+def first_dropped_tokens(window: np.ndarray, draw: np.random.Generator, tokenizer: PreTrainedTokenizerFast) -> Example:
+    """The first token of every dropped span, for the encoder at the span's sentinel; many short spans."""
+    sentinels = tokenizer.convert_tokens_to_ids(SENTINELS)
+    inputs, targets = corrupt_spans(window, draw, sentinels=sentinels, density=0.25, mean_span=1.5)
+    labels = np.full_like(inputs, IGNORED)
+    starts = np.isin(targets[:-1], sentinels)
+    labels[np.isin(inputs, sentinels)] = targets[1:][starts]
+    return {"input_ids": inputs, "encoder_labels": labels}
 
 
 @torch.no_grad()
@@ -174,6 +187,27 @@ def start_from_bert(embeddings: torch.Tensor) -> None:
     """Begin the token embeddings at those of ``builtin:bert``, which has the same vocabulary, at the same scale."""
     trained = load_file(BUILTIN_BERT / "model.safetensors")["bert.embeddings.word_embeddings.weight"].float()
     embeddings.copy_(trained * embeddings.std() / trained.std())
+
+
+@torch.no_grad()
+def start_from_neighbours(stack: PreTrainedModel, places: list[tuple[int, float]]) -> None:
+    """Begin the relative positions of T5 so that head h looks around ``places[h]``: a distance, and how sharply.
+
+    As with sinusoids, attention to neighbours then has something to begin with (linear in the distance as in Press
+    et al., arXiv 2108.12409).
+    """
+    attention = stack.block[0].layer[0].SelfAttention
+    distances = torch.arange(1 - MAX_LENGTH, MAX_LENGTH)
+    buckets = attention._relative_position_bucket(
+        distances,
+        bidirectional=not attention.is_decoder,
+        num_buckets=attention.relative_attention_num_buckets,
+        max_distance=attention.relative_attention_max_distance,
+    )
+    for head, (place, sharpness) in enumerate(places):
+        for bucket in buckets.unique():
+            away = (distances[buckets == bucket] - place).abs().float()
+            attention.relative_attention_bias.weight[bucket, head] = -min(sharpness * float(away.min()), 8.0)
 
 
 def build_bert(tokenizer: PreTrainedTokenizerFast) -> BertForMaskedLM:
@@ -228,23 +262,30 @@ def build_t5(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
         eos_token_id=tokenizer.eos_token_id,
         use_cache=False,
     )
-    return T5ForConditionalGeneration(config)
+    model = T5ForConditionalGeneration(config)
+    start_from_neighbours(model.encoder, [(-1, 2.0), (1, 2.0), (0, 0.5), (0, 0.0)])
+    start_from_neighbours(model.decoder, [(-1, 2.0), (-2, 2.0), (0, 0.5), (0, 0.0)])
+    for block in model.decoder.block:  # a token begins by looking at its like in the input: sentinels at theirs
+        cross = block.layer[1].EncDecAttention
+        torch.nn.init.normal_(cross.q.weight, std=0.035)
+        cross.k.weight.data.copy_(cross.q.weight)
+    return model
 
 
 @dataclass(frozen=True)
 class Family:
     """What differs between the built-in models.
 
-    ``early`` is what they learn first: there every position teaches something, so attention forms early; with masking
-    alone the BERT was still near the unigram entropy after 13 million tokens (two phases: Gisserot-Boukhlef et al.,
-    arXiv 2507.00994).
+    ``early`` is what they learn first, one after the other for as many steps: there every position teaches something,
+    so attention forms early; with masking alone the BERT was still near the unigram entropy after 13 million tokens
+    (two phases: Gisserot-Boukhlef et al., arXiv 2507.00994), and the T5's decoder paid no attention to the encoder.
     """
 
     objective: str
     tokenizer: Callable[[Tokenizer], PreTrainedTokenizerFast]
     build: Callable[[PreTrainedTokenizerFast], PreTrainedModel]
     encode: Callable[[np.ndarray, np.random.Generator, PreTrainedTokenizerFast], Example]
-    early: Callable[[np.ndarray, np.random.Generator, PreTrainedTokenizerFast], Example]
+    early: tuple[Callable[[np.ndarray, np.random.Generator, PreTrainedTokenizerFast], Example], ...]
     dropout: dict[str, float]  # of the configuration that ships, for fine-tuning; pretraining has none
 
 
@@ -254,7 +295,7 @@ FAMILIES = {
         bert_tokenizer,
         build_bert,
         masked,
-        next_tokens_by_encoder,
+        (next_tokens_by_encoder,),
         {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
     ),
     "gpt2": Family(
@@ -262,10 +303,17 @@ FAMILIES = {
         gpt2_tokenizer,
         build_gpt2,
         next_tokens,
-        next_tokens,
+        (next_tokens,),
         {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
     ),
-    "t5": Family("seq2seq-lm", t5_tokenizer, build_t5, dropped_spans, second_half, {"dropout_rate": 0.1}),
+    "t5": Family(
+        "seq2seq-lm",
+        t5_tokenizer,
+        build_t5,
+        dropped_spans,
+        (next_tokens_by_t5_encoder, first_dropped_tokens),
+        {"dropout_rate": 0.1},
+    ),
 }
 
 
@@ -297,9 +345,18 @@ class Windows(Dataset):
         draw = example_generator(self.seed, index)
         stream = self.streams[draw.choice(len(self.streams), p=self.shares)]
         start = draw.integers(len(stream) - length)
-        encode = self.family.early if step < self.early_steps else self.family.encode
+        early = self.family.early
+        encode = early[step * len(early) // self.early_steps] if step < self.early_steps else self.family.encode
         example = encode(stream[start : start + length], draw, self.tokenizer)
         return {name: torch.from_numpy(array) for name, array in example.items()}
+
+
+def encoder_loss(model: PreTrainedModel, encoder_labels: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
+    """What the encoder alone predicts by the head of the decoder."""
+    labelled = encoder_labels != IGNORED
+    states = model.encoder(**inputs).last_hidden_state[labelled]
+    logits = model.lm_head(states * model.config.d_model**-0.5)
+    return torch.nn.functional.cross_entropy(logits.float(), encoder_labels[labelled])
 
 
 class LanguageModelTrainer(Trainer):
@@ -308,8 +365,11 @@ class LanguageModelTrainer(Trainer):
     objective = ""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        losses = example_losses(model, inputs, self.objective)
-        loss = losses.total.sum() / losses.count.sum()
+        if "encoder_labels" in inputs:
+            loss = encoder_loss(model, **inputs)
+        else:
+            losses = example_losses(model, inputs, self.objective)
+            loss = losses.total.sum() / losses.count.sum()
         return (loss, {}) if return_outputs else loss
 
 

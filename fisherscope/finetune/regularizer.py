@@ -1,0 +1,153 @@
+"""What a regularizer is: something that changes how a model trains, for the length of a ``with`` block.
+
+One file under ``methods/`` holds one regularizer, or two that share all but a line. A class that has a ``name`` is a
+method of :func:`fisherscope.finetune`; its fields are the method's settings, on the command line and in YAML too.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from ..objectives import Batch, Predictions
+    from .run import Run
+
+METHODS: "dict[str, type[Regularizer]]" = {}
+"""The methods by name; :mod:`fisherscope.finetune.methods` fills it."""
+
+SUPPLIED = ("scores", "mask", "total_steps", "seed")
+"""Fields of a regularizer that are no settings: a run supplies them."""
+
+
+class Applied:
+    """What a regularizer carries from step to step while it is applied; this one carries nothing.
+
+    A checkpoint of the training holds it, so that a resumed training goes on exactly.
+    """
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that the next step depends on, beside the model and the optimizer."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from there."""
+
+
+class Regularizer:
+    """Something that changes how a model trains.
+
+    Subclasses are frozen dataclasses of settings. They override :meth:`applied_to`, :meth:`penalty`, or both.
+
+    Attributes:
+        name: As ``--method`` takes it; a class without one is no method.
+    """
+
+    name: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        """Register a class that has a name."""
+        super().__init_subclass__()
+        if "name" in cls.__dict__:
+            METHODS[cls.name] = cls
+
+    def applied_to(self, model: nn.Module, optimizer: Optimizer) -> AbstractContextManager[Applied]:
+        """Change how the model trains for the length of the block.
+
+        Leaving the block restores the model and the optimizer exactly, whether or not training raised: every flag,
+        hook, attribute and parameter group; only what training did to the values stays. In eval mode the model
+        computes what it will compute after the block.
+
+        Args:
+            model: The model, with the head of its task.
+            optimizer: Of all its parameters; an accelerate optimizer, too.
+
+        Raises:
+            ValueError: If the regularizer cannot do its work on this model.
+        """
+        return _nothing()
+
+    def penalty(self, model: nn.Module, batch: "Batch", predictions: "Predictions") -> Tensor | None:
+        """What is added to the loss of every example, in its units and summed over its scored tokens: shape [B].
+
+        None means nothing. Random draws must leave torch's global generators as they are.
+
+        Args:
+            model: The model in training, as the loss was computed by it.
+            batch: The inputs.
+            predictions: Of the model for the batch, with gradients.
+        """
+        return None
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether the loss gets a term."""
+        return type(self).penalty is not Regularizer.penalty
+
+    @classmethod
+    def for_run(cls, run: "Run", **settings: Any) -> Self:
+        """The regularizer for a run; fields that are no settings come from the run.
+
+        A subclass that prepares more than that overrides this, with what it adds to the settings as keyword-only
+        arguments.
+        """
+        supplied = {f.name: run.supply(f.name) for f in dataclasses.fields(cls) if f.name in SUPPLIED}  # pyright: ignore
+        return cls(**supplied, **settings)
+
+    @classmethod
+    def settings(cls) -> dict[str, inspect.Parameter]:
+        """The settings that ``--method`` takes for this class: name to annotation and default."""
+        own, extra = (inspect.signature(f, eval_str=True).parameters for f in (cls, cls.for_run))
+        found = {name: p for name, p in own.items() if name not in SUPPLIED} if dataclasses.is_dataclass(cls) else {}
+        return found | {name: p for name, p in extra.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+@contextmanager
+def _nothing() -> Iterator[Applied]:
+    yield Applied()
+
+
+@dataclass(frozen=True)
+class Composed(Regularizer):
+    """Several regularizers at once, applied in their order.
+
+    Attributes:
+        parts: The regularizers.
+    """
+
+    parts: Sequence[Regularizer]
+
+    @contextmanager
+    def applied_to(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Applied]:
+        """Apply all parts."""
+        with ExitStack() as stack:
+            yield _AllApplied([stack.enter_context(part.applied_to(model, optimizer)) for part in self.parts])
+
+    def penalty(self, model: nn.Module, batch: "Batch", predictions: "Predictions") -> Tensor | None:
+        """The sum of the parts' terms."""
+        terms = [part.penalty(model, batch, predictions) for part in self.parts if part.has_penalty]
+        found = [term for term in terms if term is not None]
+        return sum(found[1:], found[0]) if found else None
+
+    @property
+    def has_penalty(self) -> bool:
+        """Whether any part has a term."""
+        return any(part.has_penalty for part in self.parts)
+
+
+class _AllApplied(Applied):
+    def __init__(self, parts: Sequence[Applied]) -> None:
+        self.parts = parts
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {f"{i}.{key}": t for i, part in enumerate(self.parts) for key, t in part.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        for i, part in enumerate(self.parts):
+            prefix = f"{i}."
+            part.load_state_dict({k.removeprefix(prefix): t for k, t in state.items() if k.startswith(prefix)})

@@ -1,0 +1,84 @@
+"""What a method may ask of the run that it is for."""
+
+import logging
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..data import Batches
+from ..fisher import estimate_fisher
+from ..masks import Mask
+from ..models import align, backbone_prefix, describe, find_difference
+from ..scores import FisherScores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """One training, before it begins.
+
+    Attributes:
+        model: With the head of the task, as it was loaded; a method may change its values before the training.
+        batches: The training examples.
+        objective: Of the task.
+        total_steps: Optimizer steps that the training will take.
+        seed: Of the run.
+        scores: What the user gave; None lets :meth:`supply` estimate them.
+        mask: What the user gave.
+        settings: Of the training: ``batch_size``, ``learning_rate``, ``weight_decay``, ``max_grad_norm``.
+        strict: Refuse scores and masks that were made from other weights.
+    """
+
+    model: "PreTrainedModel"
+    batches: Batches
+    objective: str
+    total_steps: int
+    seed: int = 0
+    scores: FisherScores | None = None
+    mask: Mask | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    strict: bool = False
+
+    def supply(self, name: str) -> Any:
+        """What a regularizer's field of this name gets.
+
+        Raises:
+            ValueError: If it is a mask and there is none, or what the user gave does not fit the model.
+        """
+        if name == "scores":
+            return self.estimated() if self.scores is None else self._fitting(self.scores)
+        if name == "mask":
+            if self.mask is None:
+                raise ValueError("This method needs a mask; give --mask FILE, as 'fisherscope mask' makes them.")
+            return self._fitting(self.mask)
+        return {"total_steps": self.total_steps, "seed": self.seed}[name]
+
+    def estimated(self, **settings: Any) -> FisherScores:
+        """Fisher scores of the model on its training examples, for the objective of the task."""
+        logger.info("Estimating Fisher scores on the %d training examples.", self.batches.num_examples)
+        return estimate_fisher(
+            self.model, self.batches, objective=self.objective, seed=self.seed, progress=False, **settings
+        )
+
+    def _fitting(self, found: Any) -> Any:
+        """Scores or a mask under the model's own names, checked once: a resumed training has other weights."""
+        origin = found.provenance.get("model", {})
+        prefix = origin.get("prefix", backbone_prefix(self.model))
+        what = "mask" if isinstance(found, Mask) else "scores"
+        if difference := find_difference(found, prefix, self.model):
+            raise ValueError(f"The {what} do not fit this model: {difference}.".replace("mask do", "mask does"))
+        own = describe(self.model)
+        if origin.get("backbone_fingerprint", own["backbone_fingerprint"]) != own["backbone_fingerprint"]:
+            verb = "was" if what == "mask" else "were"
+            message = f"The {what} {verb} made for other weights ({origin['name']}) of the same architecture."
+            if self.strict:
+                raise ValueError(message)
+            logger.warning(message)
+        tensors = {name: t.to(torch.device("cpu")) for name, t in align(found, prefix, self.model).items()}
+        kept = {"first_half": None, "quarters": None} if isinstance(found, FisherScores) else {}
+        return replace(found, tensors=tensors, provenance={**found.provenance, "model": own}, **kept)
