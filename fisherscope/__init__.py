@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from . import plots, testing
     from .comparison import compare
     from .data import TASKS, Batches, Source, Task, load_batches, read_source, read_task
+    from .finetune import Regularizer, RegularizerCallback, Results
+    from .finetune.methods.fixed_mask import SubnetworkUpdate
+    from .finetune.methods.gaussian_dropout import GaussianDropout
+    from .finetune.methods.guided_dropout import GuidedDropout
+    from .finetune.training import finetune
     from .fisher import estimate_fisher
     from .landscape import Axis, Landscape, random_directions, scan_landscape
     from .masks import Mask, MaskMismatch, bottom_fraction, random_fraction, top_fraction
@@ -31,6 +36,13 @@ _HOME = {
     "Task": ".data",
     "TASKS": ".data",
     "estimate_fisher": ".fisher",
+    "finetune": "",
+    "Regularizer": ".finetune",
+    "RegularizerCallback": ".finetune",
+    "Results": ".finetune",
+    "GuidedDropout": ".finetune",
+    "GaussianDropout": ".finetune",
+    "SubnetworkUpdate": ".finetune",
     "Axis": ".landscape",
     "Landscape": ".landscape",
     "random_directions": ".landscape",

@@ -418,9 +418,9 @@ class DropoutSite:
         """Share of the activations that is dropped in training."""
         return getattr(self.module, self.attribute)
 
-    @rate.setter
-    def rate(self, value: float) -> None:
-        setattr(self.module, self.attribute, value)
+    def set_rate(self, rate: float) -> None:
+        """Let the model drop another share."""
+        setattr(self.module, self.attribute, rate)
 
 
 def dropout_sites(model: nn.Module, *, backbone_only: bool = True) -> list[DropoutSite]:

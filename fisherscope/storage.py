@@ -78,10 +78,15 @@ def atomic(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # some writers make files that only their owner can read
+        readable(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def readable(path: Path) -> None:
+    """Give a file the usual permissions; some writers make files that only their owner can read."""
+    path.chmod(0o666 & ~_umask())
 
 
 def _umask() -> int:

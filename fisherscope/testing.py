@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from . import fisher
 from ._typing import Bool
 from .data.corruption import IGNORED
+from .finetune.contract import check_regularizer as check_regularizer
 from .models import infer_objective, measuring
 from .objectives import Batch, ExampleLosses, LossFunction, example_losses
 from .storage import digest

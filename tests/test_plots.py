@@ -24,20 +24,22 @@ from matplotlib.text import Text
 
 from fisherscope import plots
 from fisherscope.comparison import compare
+from fisherscope.finetune.methods.guided_dropout import GuidedSite
 from fisherscope.landscape import Axis, Landscape
 from fisherscope.masks import top_fraction
 from fisherscope.plots import _matplotlib, _plotly
-from fisherscope.plots._prepare import Compared, Layers, Lines, Panels, columns, decades, spread
+from fisherscope.plots._prepare import Compared, Layers, Lines, Panels, Sites, columns, decades, spread
 from fisherscope.plots._prepare_comparison import compared
 from fisherscope.plots._prepare_landscapes import panels, perplexity_ticks, round_ticks, short_title
 from fisherscope.plots._prepare_scores import layers, short_labels, sorted_lines, stability_lines, thinned
+from fisherscope.plots._prepare_sites import sites_shown
 from fisherscope.scores import FisherScores
 from fisherscope.stability import Quarters
 
 REFERENCES = {"uniform": 8.0, "unigram": 5.0}
 BACKENDS = (_matplotlib, _plotly)
 SUFFIXES = (".pdf", ".png", ".svg", ".html")
-PUBLIC = ["comparison", "contour", "curves", "layer_scores", "sorted_scores", "stability", "surface"]
+PUBLIC = ["comparison", "contour", "curves", "dropout_sites", "layer_scores", "sorted_scores", "stability", "surface"]
 
 
 def axis(number: int, points: int = 5, span: float = 1.0, norm: float = 12.34, entries: int = 1234567) -> Axis:
@@ -89,6 +91,13 @@ def noisy_scores(seed: int, **facts: Any) -> FisherScores:
     draw = torch.Generator().manual_seed(seed)
     given = some_scores(0, **facts)
     return replace(given, tensors={n: t * torch.exp(torch.randn(t.shape, generator=draw)) for n, t in given.items()})
+
+
+def some_sites(layers: int = 2, inside: str = "attention") -> list[GuidedSite]:
+    """Sites of embeddings and layers; the first has the lowest rate."""
+    places = [f"net.layer.{k}.{part}.dropout" for k in range(layers) for part in (inside, "output")]
+    names = ["net.embeddings.dropout", *places]
+    return [GuidedSite(name, 10.0**-k, 0.01 * k) for k, name in enumerate(names)]
 
 
 def surface_panels(*given: Landscape, metric: str = "loss", titles: Any = None) -> Panels:
@@ -470,6 +479,10 @@ ZERO = scores({"a.layer.0.w": [0.0, 0.0]}, name="m")
         (lambda out: plots.surface([], out), ValueError, "surface needs at least one Landscape, got none."),
         (lambda out: plots.surface(some_scores(), out), TypeError,
          "surface needs a Landscape or a list of them, got FisherScores."),
+        (lambda out: plots.dropout_sites([MAP], out), TypeError,  # pyright: ignore[reportArgumentType]
+         "dropout_sites needs a GuidedSite or a list of them, got Landscape."),
+        (lambda out: plots.dropout_sites([GuidedSite("a.drop", 0.0, 0.1)], out), ValueError,
+         "All scores are 0, so there is nothing to draw on a logarithmic axis."),
         (lambda out: plots.layer_scores([MAP], out), TypeError,
          "layer_scores needs a FisherScores or a list of them, got Landscape."),
         (lambda out: plots.surface(LINE, out), ValueError,
@@ -528,7 +541,8 @@ def test_scores_of_different_reductions_can_be_compared_when_normalised():
 # Files
 
 TITLES = ["a title with so many words that it must be broken", "short", "_$x$_"]
-PREPARED: dict[str, Callable[[], Panels | Lines | Layers | Compared]] = {
+PREPARED: dict[str, Callable[[], Panels | Lines | Layers | Compared | Sites]] = {
+    "dropout_sites": lambda: sites_shown([*some_sites(), GuidedSite("net.last", 0.0, 0.1)]),
     "comparison": lambda: compared(some_scores(0), noisy_scores(1), 0.1, TITLES[:2]),
     "stability": lambda: stability_lines([followed_scores(0), followed_scores(1)], None),
     "surface": lambda: surface_panels(bowl(), bowl(1.0), bowl(0.5), titles=TITLES),
@@ -538,6 +552,7 @@ PREPARED: dict[str, Callable[[], Panels | Lines | Layers | Compared]] = {
     "layer_scores": lambda: layers([some_scores(0), some_scores(1)], None),
 }
 FIGURES: dict[str, Callable[[Path], Path]] = {
+    "dropout_sites": lambda out: plots.dropout_sites(some_sites(), out),
     "comparison": lambda out: plots.comparison(some_scores(0), noisy_scores(1), out),
     "stability": lambda out: plots.stability(followed_scores(), out),
     "surface": lambda out: plots.surface([bowl(), bowl(1.0)], out),
@@ -612,6 +627,7 @@ def test_printed_figures_have_the_width_of_a_column_or_page_and_nothing_outside(
     else:
         given = [followed_scores(k, name="a-model-with-a-long-name") for k in range(count)]
     prepared = {
+        "dropout_sites": lambda: sites_shown(some_sites(count, "attention" * count)),
         "comparison": lambda: compared(given[0], noisy_scores(1, name="another-model-with-a-long-name"), 0.1, None),
         "stability": lambda: stability_lines(given, None),
         "surface": lambda: surface_panels(*given),
@@ -621,7 +637,7 @@ def test_printed_figures_have_the_width_of_a_column_or_page_and_nothing_outside(
         "layer_scores": lambda: layers(given, None),
     }[name]()
     figure = getattr(_matplotlib, name)(prepared)
-    wide = name == "comparison" or (name in ("surface", "contour") and count > 1)
+    wide = name == "comparison" or (name in ("surface", "contour", "dropout_sites") and count > 1)
     assert figure.get_size_inches()[0] == (6.9 if wide else 3.3)
     assert overflow(figure) <= 0.0
     sizes = {text.get_size() for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()}
@@ -642,7 +658,7 @@ def test_nothing_on_a_printed_page_overlaps(name: str):
     figure = getattr(_matplotlib, name)(PREPARED[name]())
     found = regions(figure)
     parts = {"surface": 11, "contour": 11, "curves": 3, "sorted_scores": 3, "layer_scores": 2, "stability": 2}
-    assert len(found) == (parts | {"comparison": 5})[name]
+    assert len(found) == (parts | {"comparison": 5, "dropout_sites": 3})[name]
     pairs = [(a, b) for a in found for b in found if a < b and found[a].overlaps(found[b])]
     # the slanted labels of neighbouring boxes pass each other, though the rectangles around them meet
     assert [pair for pair in pairs if name != "surface" or not all(region.startswith("axes") for region in pair)] == []
@@ -869,6 +885,36 @@ def test_pages_of_scores_show_the_same_points_as_print():
     figure = _plotly.layer_scores(drawn)
     assert list(figure.layout.yaxis.ticktext) == list(drawn.labels)
     assert [np.array_equal(t.x, s.y) for t, s in zip(figure.data, drawn.series, strict=True)] == [True, True]
+
+
+def test_sites_stand_in_order_under_the_name_of_their_layer():
+    shown = sites_shown(some_sites())
+    assert shown.labels == ("embeddings: dropout", "layer 0: attention", "output", "layer 1: attention", "output")
+    assert shown.layers == ((0, 1), (1, 3), (3, 5))
+    assert shown.names[3] == "net.layer.1.attention.dropout"
+    assert shown.rates.tolist() == [0.0, 0.01, 0.02, 0.03, 0.04]
+    assert shown.scores.tolist() == [1.0, 0.1, 0.01, 0.001, 0.0001]
+
+
+def test_a_site_without_a_score_has_a_rate_and_a_note_but_no_dot():
+    shown = PREPARED["dropout_sites"]()
+    assert isinstance(shown, Sites)
+    assert shown.notes == ("exactly 0 in net.last",)
+    scores, rates = _matplotlib.dropout_sites(shown).axes
+    assert len(scores.lines[0].get_xdata()) == 5 and len(rates.lines[0].get_xdata()) == 6
+    assert np.isnan(_plotly.dropout_sites(shown).data[1].x).tolist() == [False] * 5 + [True]
+
+
+def test_sites_are_drawn_at_their_rates_and_scores_by_both_backends():
+    shown = sites_shown(some_sites())
+    scores, rates = _matplotlib.dropout_sites(shown).axes
+    bars, dots = _plotly.dropout_sites(shown).data
+    for drawn in (rates.lines[0].get_xdata(), bars.x):
+        assert np.array_equal(drawn, shown.rates)
+    for drawn in (scores.lines[0].get_xdata(), dots.x):
+        assert np.array_equal(drawn, shown.scores)
+    assert [label.get_text() for label in rates.get_yticklabels()] == list(shown.labels)
+    assert rates.get_ylim() == scores.get_ylim() == (4.5, -0.5)
 
 
 def test_pages_of_stability_and_comparisons_show_the_same_as_print():

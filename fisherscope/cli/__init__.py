@@ -16,6 +16,7 @@ COMMANDS = {
     "fisher": "Fisher scores of a model on data",
     "mask": "a mask from Fisher scores",
     "landscape": "the loss around a model, on a grid",
+    "finetune": "fine-tuning with a regularizer, for several seeds",
     "plot": "figures from scores and landscapes",
     "info": "what a file holds and how it was made",
     "check": "whether the fast engine is exact on a model, and batching and padding are harmless",
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout = None
         return 0
     except KeyboardInterrupt:
-        resumable = argv[:1] in (["fisher"], ["landscape"], ["demo"])
+        resumable = argv[:1] in (["fisher"], ["landscape"], ["finetune"], ["demo"])
         hint = "; the same command with --resume goes on from what was saved" if resumable else ""
         print(f"fisherscope: interrupted{hint}.", file=sys.stderr)
         return 130

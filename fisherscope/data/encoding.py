@@ -77,8 +77,11 @@ class Batches:
         for start in range(0, self.num_examples, step):
             window = self.examples[start : start + step]
             for positions in _arranged([_length(example) for example in window], self.batch_size, seed=start // step):
-                rows = [window[i] for i in positions]
-                yield {name: _stacked([row[name] for row in rows], self.padding.get(name, 0)) for name in rows[0]}
+                yield self.collate([window[i] for i in positions])
+
+    def collate(self, rows: Sequence[Example]) -> dict[str, Tensor]:
+        """Some of the examples as one batch."""
+        return {name: _stacked([row[name] for row in rows], self.padding.get(name, 0)) for name in rows[0]}
 
     def __len__(self) -> int:
         """Number of batches."""

@@ -1,7 +1,8 @@
 """What regularizers are made of: contexts that change one thing in a model or an optimizer and change it back."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -10,22 +11,36 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .._typing import Bool
+from ..models import DropoutSite, layer_of
 
 Masks = Mapping[nn.Parameter, Bool[Tensor, "..."]]
 
 
 def innermost(optimizer: Any) -> Optimizer:
     """The torch optimizer inside the wrappers of accelerate; hooks on a wrapper are never called."""
-    while not isinstance(optimizer, Optimizer) or hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    while hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer  # pyright: ignore[reportAttributeAccessIssue]
     return optimizer
 
 
 @contextmanager
 def before_steps(optimizer: Any, action: Callable[[], None]) -> Iterator[None]:
-    """Call something before every optimizer step, when gradients are summed over micro-batches and ranks,
-    unscaled and clipped. A step that fp16 scaling skips does not count."""
-    handle = innermost(optimizer).register_step_pre_hook(lambda *_: action())
+    """Call something before every optimizer step.
+
+    Gradients are summed over micro-batches and ranks by then, unscaled and clipped. A step that fp16 scaling skips does
+    not count.
+    """
+
+    def prepare(stepping: Any, *_: Any) -> None:
+        scale = getattr(stepping, "grad_scale", None)
+        if scale is not None:  # a fused optimizer would divide by it only later
+            for parameter in (p for group in stepping.param_groups for p in group["params"] if p.grad is not None):
+                parameter.grad /= scale.to(parameter.device)
+            stepping.grad_scale = None
+        if not _is_skipped(stepping):
+            action()
+
+    handle = innermost(optimizer).register_step_pre_hook(prepare)
     try:
         yield
     finally:
@@ -34,12 +49,18 @@ def before_steps(optimizer: Any, action: Callable[[], None]) -> Iterator[None]:
 
 @contextmanager
 def after_steps(optimizer: Any, action: Callable[[], None]) -> Iterator[None]:
-    """Call something after every optimizer step."""
-    handle = innermost(optimizer).register_step_post_hook(lambda *_: action())
+    """Call something after every optimizer step. A step that fp16 scaling skips does not count."""
+    handle = innermost(optimizer).register_step_post_hook(lambda it, *_: None if _is_skipped(it) else action())
     try:
         yield
     finally:
         handle.remove()
+
+
+def _is_skipped(optimizer: Any) -> bool:
+    """Whether a fused optimizer was called by a scaler that found an overflow: it then does nothing, by itself."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 @contextmanager
@@ -98,6 +119,56 @@ def entries_kept(optimizer: Any, masks: Masks) -> Iterator[None]:
 
 
 @contextmanager
+def rates_set(sites: Sequence[DropoutSite], rates: Sequence[float]) -> Iterator[None]:
+    """Give dropout sites other rates."""
+    before = [site.rate for site in sites]
+    _write_rates(sites, rates)
+    try:
+        yield
+    finally:
+        _write_rates(sites, before)
+
+
+def _write_rates(sites: Sequence[DropoutSite], rates: Sequence[float]) -> None:
+    for site, rate in zip(sites, rates, strict=True):
+        site.set_rate(rate)
+
+
+def weight_matrices(model: nn.Module) -> dict[str, int]:
+    """The matrices that a model multiplies activations by: name to the axis of the inputs.
+
+    They are the weights of all linear layers, and parameters that modules of numbered layers hold themselves; of those
+    with more than two axes, the first one is taken for the inputs. Embeddings, biases, frozen parameters and weights
+    that several modules share are left out.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    uses = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    found = {}
+    for path, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            name = f"{path}.{attribute}" if path else attribute
+            if parameter is None or parameter.ndim < 2 or not parameter.requires_grad or uses[id(parameter)] > 1:
+                continue
+            if isinstance(module, (nn.Linear, Conv1D)):
+                found[name] = int(isinstance(module, nn.Linear))
+            elif is_in_numbered_layer(name) and not _is_table(module, attribute):
+                found[name] = 1 if parameter.ndim == 2 else 0
+    return found
+
+
+def _is_table(module: nn.Module, attribute: str) -> bool:
+    """Whether a parameter is added, looked up or convolved, as far as its module's type and its own name tell."""
+    tables = (nn.Embedding, nn.modules.conv._ConvNd)
+    return isinstance(module, tables) or "bias" in attribute or "embed" in attribute
+
+
+def is_in_numbered_layer(name: str) -> bool:
+    """Whether a parameter belongs to one of the blocks that a model repeats."""
+    return layer_of(name).rpartition(".")[2].isdigit()
+
+
+@contextmanager
 def reparametrized(model: nn.Module, functions: Mapping[str, Callable[[nn.Parameter], Tensor]]) -> Iterator[None]:
     """Let modules compute with a function of a parameter in place of the parameter; names and optimizer stay.
 
@@ -125,7 +196,6 @@ def reparametrized(model: nn.Module, functions: Mapping[str, Callable[[nn.Parame
 
 @contextmanager
 def _forward_with(module: nn.Module, changed: Mapping[str, Callable[[nn.Parameter], Tensor]]) -> Iterator[None]:
-    before = module.__dict__.get("forward")
     inner = module.forward
     if twice := sorted(set(getattr(inner, "reparametrized", ())) & set(changed)):
         raise ValueError(f"'{twice[0]}' of a {type(module).__name__} is changed by two methods; take one of them.")
@@ -141,6 +211,14 @@ def _forward_with(module: nn.Module, changed: Mapping[str, Callable[[nn.Paramete
                 del module.__dict__[name]
 
     vars(forward)["reparametrized"] = {*getattr(inner, "reparametrized", ()), *changed}
+    with forward_replaced(module, forward):
+        yield
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let one module compute by another function, which may call the ``module.forward`` that it found."""
+    before = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
     try:
         yield

@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 METHODS: "dict[str, type[Regularizer]]" = {}
 """The methods by name; :mod:`fisherscope.finetune.methods` fills it."""
 
-SUPPLIED = ("scores", "mask", "total_steps", "seed")
+SUPPLIED = ("scores", "mask", "total_steps", "seed", "factors", "anchor")
 """Fields of a regularizer that are no settings: a run supplies them."""
 
 
@@ -90,7 +90,7 @@ class Regularizer:
         return type(self).penalty is not Regularizer.penalty
 
     @classmethod
-    def for_run(cls, run: "Run", **settings: Any) -> Self:
+    def for_run(cls, run: "Run", **settings: Any) -> "Regularizer":
         """The regularizer for a run; fields that are no settings come from the run.
 
         A subclass that prepares more than that overrides this, with what it adds to the settings as keyword-only
@@ -102,7 +102,7 @@ class Regularizer:
     @classmethod
     def settings(cls) -> dict[str, inspect.Parameter]:
         """The settings that ``--method`` takes for this class: name to annotation and default."""
-        own, extra = (inspect.signature(f, eval_str=True).parameters for f in (cls, cls.for_run))
+        own, extra = (inspect.signature(f).parameters for f in (cls, cls.for_run))
         found = {name: p for name, p in own.items() if name not in SUPPLIED} if dataclasses.is_dataclass(cls) else {}
         return found | {name: p for name, p in extra.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
 

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import storage
 from ..landscape import Landscape
@@ -19,8 +19,12 @@ from ._prepare import By, Metric, Titles
 from ._prepare_comparison import compared
 from ._prepare_landscapes import panels
 from ._prepare_scores import layers, sorted_lines, stability_lines
+from ._prepare_sites import sites_shown
 
-__all__ = ["comparison", "contour", "curves", "layer_scores", "sorted_scores", "stability", "surface"]
+if TYPE_CHECKING:
+    from ..finetune.methods.guided_dropout import GuidedSite
+
+__all__ = ["comparison", "contour", "curves", "dropout_sites", "layer_scores", "sorted_scores", "stability", "surface"]
 
 SUFFIXES = {".pdf": "_matplotlib", ".png": "_matplotlib", ".svg": "_matplotlib", ".html": "_plotly"}
 """The backend of every kind of file."""
@@ -178,6 +182,26 @@ def comparison(
     """
     draw = _backend(out)
     return _save(draw.comparison(compared(a, b, fraction, titles)), out)
+
+
+def dropout_sites(sites: "Sequence[GuidedSite]", out: str | Path) -> Path:
+    """Draw the rates that guided dropout gives to the sites of a model, beside the scores that they come from.
+
+    Sites are rows in the order of the modules, those of every other layer shaded.
+
+    Args:
+        sites: As ``fisherscope.finetune.methods.guided_dropout.guided_rates`` makes them.
+        out: The file to write; its suffix is one of ``.pdf .png .svg .html``.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        TypeError: If something else than sites was given.
+        ValueError: If the suffix is unknown, there is no site, or all scores are 0.
+    """
+    draw = _backend(out)
+    return _save(draw.dropout_sites(sites_shown(sites)), out)
 
 
 def _backend(out: str | Path) -> ModuleType:

@@ -36,9 +36,32 @@ from ._matplotlib_layout import (
     text_height,
     text_width,
 )
-from ._prepare import Compared, Histogram, Layers, Lines, Panel, Panels, Reference, Scale, decades, spread
+from ._prepare import (
+    COLOURS,
+    Compared,
+    Histogram,
+    Layers,
+    Lines,
+    Panel,
+    Panels,
+    Reference,
+    Scale,
+    Sites,
+    decades,
+    spread,
+)
 
-__all__ = ["comparison", "contour", "curves", "layer_scores", "save", "sorted_scores", "stability", "surface"]
+__all__ = [
+    "comparison",
+    "contour",
+    "curves",
+    "dropout_sites",
+    "layer_scores",
+    "save",
+    "sorted_scores",
+    "stability",
+    "surface",
+]
 
 LEVELS = 20  # bands of a contour map
 HEIGHT = 0.6  # of the box around a surface, by its sides
@@ -189,6 +212,33 @@ def comparison(compared: Compared) -> Figure:
     single.axes.tick_params(axis="y", length=0)
     if compared.histogram:
         _draw_histogram(single, compared.histogram)
+    return single.finished()
+
+
+@matplotlib.rc_context(STYLE)
+def dropout_sites(sites: Sites) -> Figure:
+    """Rates, and the scores beside them, the first site at the top."""
+    labels, between, height = 0.15 + max(map(text_width, sites.labels)), 0.15, 0.1 + 0.135 * len(sites.labels)
+    beside = PAGE - COLUMN if labels > COLUMN / 2 else 0.0
+    width = (COLUMN + beside - labels - between - 0.10) / 2
+    single = Single([""], sites.notes, left=labels + width + between - beside, height=height, beside=beside)
+    rates, rows = single.place(labels, single.above, width, height), np.arange(len(sites.labels))
+    rates.hlines(rows, 0, sites.rates, color=COLOURS[0])
+    rates.plot(sites.rates, rows, "o", color=COLOURS[0], markersize=3.0, clip_on=False)
+    rates.set(xlabel="dropout rate", xlim=(0, 1.1 * max(*sites.rates, 0.01)))
+    rates.set_yticks(rows, sites.labels)
+    rates.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+    rates.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+    is_shown = sites.scores > 0
+    single.axes.plot(sites.scores[is_shown], rows[is_shown], "s", color=COLOURS[1], markersize=3.0)
+    single.axes.set(xlabel="Fisher score", xscale="log", yticks=[])
+    _label_few(single.axes.xaxis)
+    for axes in (rates, single.axes):
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.tick_params(axis="y", length=0)
+        axes.xaxis.set_label_coords(0.5, -0.24 / height)  # else exponents push one of the two down
+        for first, end in sites.layers[::2]:
+            axes.axhspan(first - 0.5, end - 0.5, color="0.94", linewidth=0, zorder=0)
     return single.finished()
 
 

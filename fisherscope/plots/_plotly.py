@@ -22,12 +22,23 @@ from ._prepare import (
     Panels,
     Reference,
     Scale,
+    Sites,
     columns,
     decades,
     spread,
 )
 
-__all__ = ["comparison", "contour", "curves", "layer_scores", "save", "sorted_scores", "stability", "surface"]
+__all__ = [
+    "comparison",
+    "contour",
+    "curves",
+    "dropout_sites",
+    "layer_scores",
+    "save",
+    "sorted_scores",
+    "stability",
+    "surface",
+]
 
 LEVELS = 20  # bands of a contour map
 MOST = 2  # panels in a row
@@ -200,6 +211,30 @@ def comparison(compared: Compared) -> go.Figure:
     )
     if compared.histogram:
         _add_histogram(figure, compared.histogram)
+    return figure
+
+
+def dropout_sites(sites: Sites) -> go.Figure:
+    """Rates, and the scores beside them, the first site at the top."""
+    footer = _FOOTER + _LINE * len(sites.notes)
+    rows = list(range(len(sites.labels)))
+    figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04)
+    height = 100 + 22 * len(rows) + footer
+    figure.update_layout(_LOOK, height=height, margin={"t": 40, "b": footer, "l": 80, "r": 20}, showlegend=False)
+    _add_notes(figure, sites.notes, footer)
+    names = list(map(html.escape, sites.names))
+    look = {"width": 0.5, "marker": {"color": COLOURS[0]}, "hovertemplate": "%{customdata}: %{x:.4g}<extra></extra>"}
+    figure.add_trace(go.Bar(x=sites.rates, y=rows, customdata=names, orientation="h", **look), row=1, col=1)
+    look = {"marker": {"symbol": "square", "size": 8, "color": COLOURS[1]}}
+    look |= {"hovertemplate": "%{customdata}: %{x:.3e}<extra></extra>"}
+    scores = np.where(sites.scores > 0, sites.scores, np.nan)
+    figure.add_trace(go.Scatter(x=scores, y=rows, customdata=names, mode="markers", **look), row=1, col=2)
+    figure.update_xaxes(title="dropout rate", rangemode="tozero", row=1, col=1)
+    figure.update_xaxes(title="Fisher score", **_LOG, row=1, col=2)
+    figure.update_yaxes(range=[len(rows) - 0.5, -0.5], zeroline=False, showgrid=False)
+    figure.update_yaxes(tickvals=rows, ticktext=list(map(html.escape, sites.labels)), row=1, col=1)
+    for first, end in sites.layers[::2]:
+        figure.add_hrect(first - 0.5, end - 0.5, fillcolor="#f0f0f0", line_width=0, layer="below")
     return figure
 
 

@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import numpy as np
 
@@ -17,10 +17,13 @@ from ..landscape import Landscape
 from ..masks import Mask
 from ..scores import FisherScores
 
+if TYPE_CHECKING:
+    from ..finetune.methods.guided_dropout import GuidedSite
+
 Metric = Literal["loss", "perplexity"]
 By = Literal["entry", "parameter"]
 Titles = str | Sequence[str] | None
-Noun = TypeVar("Noun", Landscape, FisherScores, Mask)
+Noun = TypeVar("Noun", Landscape, FisherScores, Mask, "GuidedSite")
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Of lines: the palette of Okabe and Ito for every kind of colour vision, without its yellow, which fades on white."""
@@ -187,6 +190,27 @@ class Compared:
     chance: Line
     value_label: str
     histogram: Histogram | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Sites:
+    """Dropout sites in the order of the modules.
+
+    Attributes:
+        labels: What each is called; the first of a layer with the layer's name.
+        names: Their whole names.
+        layers: First position and end of every group of sites in one layer.
+        rates: Share of the activations that each drops.
+        scores: That the rates come from.
+        notes: What must be said below the figure.
+    """
+
+    labels: tuple[str, ...]
+    names: tuple[str, ...]
+    layers: tuple[tuple[int, int], ...]
+    rates: Float[np.ndarray, "sites"]
+    scores: Float[np.ndarray, "sites"]
     notes: tuple[str, ...]
 
 

@@ -1,0 +1,138 @@
+"""``fisherscope finetune``: fine-tuning with a regularizer, for several seeds."""
+
+import argparse
+import inspect
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from ..data.sources import OBJECTIVES
+from ..data.tasks import TASKS
+from ..finetune.regularizer import METHODS, Regularizer
+from ._common import add_general_flags
+
+TRAINING = ("epochs", "max_steps", "batch_size", "accumulate", "learning_rate", "weight_decay", "warmup", "precision")
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The keywords of ``finetune``, and the settings of every method."""
+    from ..finetune import methods  # noqa: F401  registers them, which takes torch
+
+    what = parser.add_argument_group("model and task")
+    what.add_argument("--model", required=True, help="Hub name, local folder, or builtin:bert, builtin:gpt2")
+    origin = what.add_mutually_exclusive_group(required=True)
+    origin.add_argument("--task", choices=TASKS, metavar="NAME", help=", ".join(TASKS))
+    origin.add_argument("--data", help="instead of --task: text to train on, as for the other commands")
+    what.add_argument("--validation-data", metavar="DATA", help="with --data: what is measured after every epoch")
+    what.add_argument("--objective", choices=OBJECTIVES, help="with --data; default: that of the checkpoint's head")
+    what.add_argument(
+        "--data-dir", type=Path, metavar="FOLDER", help="with the files of the task as published; default: the Hub"
+    )
+    what.add_argument("--text-columns", nargs="+", metavar="COLUMN", help="with --data: one or two columns with text")
+    what.add_argument("--label-column", metavar="COLUMN", help="with --data: for classification and regression")
+    what.add_argument("--train-size", type=int, help="a random subset of the training examples; default: all")
+    what.add_argument("--subset-seed", type=int, default=0, help="draws the subset, the same one for all seeds")
+    what.add_argument(
+        "--max-length", type=int, help="tokens per example; default: 128, or fewer if the model takes fewer"
+    )
+    what.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    what.add_argument("--device", help="for example cuda:1; default: CUDA where there is one")
+    _add_training_flags(parser)
+    _add_method_flags(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--out", type=Path, required=True, help="folder for results.json, predictions.jsonl, …")
+    output.add_argument("--resume", action="store_true", help="go on where an earlier run stopped")
+    output.add_argument("--save-model", action="store_true", help="also save every model as a Hugging Face folder")
+    output.add_argument(
+        "--measure-forgetting",
+        metavar="DATA",
+        help="text on which the loss of pretraining is measured before and after",
+    )
+    add_general_flags(parser)
+    parser.set_defaults(refuse=parser.error)
+
+
+def _add_training_flags(parser: argparse.ArgumentParser) -> None:
+    training = parser.add_argument_group("training")
+    training.add_argument("--seeds", type=int, default=1, help="how many trainings, of seeds 0, 1, …")
+    training.add_argument("--seed", type=int, help="train with this seed alone, instead of --seeds")
+    training.add_argument("--epochs", type=float, default=3.0, help="passes over the training examples")
+    training.add_argument("--max-steps", type=int, help="optimizer steps in place of --epochs")
+    training.add_argument("--batch-size", type=int, default=16, help="examples at once on every rank")
+    training.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step; changes no gradient")
+    training.add_argument("--learning-rate", type=float, default=2e-5, help="at its highest")
+    training.add_argument("--weight-decay", type=float, default=0.01, help="decoupled; not of biases and norms")
+    training.add_argument("--warmup", type=float, default=0.1, help="share of the steps")
+    training.add_argument(
+        "--precision", choices=("float32", "bfloat16", "float16"), default="float32", help="of the passes"
+    )
+
+
+def _add_method_flags(parser: argparse.ArgumentParser) -> None:
+    """A flag for every setting of a method; methods that share the name of a setting share the flag."""
+    group = parser.add_argument_group("method")
+    group.add_argument("--method", default="vanilla", metavar="NAME", help=f"{', '.join(sorted(METHODS))}, or A+B")
+    group.add_argument("--scores", type=Path, metavar="FILE", help="default: estimated on the training examples")
+    group.add_argument("--mask", type=Path, metavar="FILE", help="of the entries to train")
+    group.add_argument("--strict", action="store_true", help="refuse scores and masks made from other weights")
+    by_setting: dict[str, dict[str, inspect.Parameter]] = {}
+    for name, method in sorted(METHODS.items()):
+        for setting, parameter in method.settings().items():
+            by_setting.setdefault(setting, {})[name] = parameter
+    for setting, uses in by_setting.items():
+        group.add_argument(f"--{setting.replace('_', '-')}", **_flag(setting, uses))
+    parser.set_defaults(method_settings=sorted(by_setting))
+
+
+def _flag(setting: str, uses: dict[str, inspect.Parameter]) -> dict[str, Any]:
+    text = _documented(METHODS[next(iter(uses))], setting)
+    defaults = ", ".join(f"{m} ({p.default})" if p.default is not p.empty else m for m, p in uses.items())
+    kinds = [p.annotation for p in uses.values()]
+    facts: dict[str, Any] = {"help": f"{text}; for {defaults}".replace("%", "%%"), "default": None}
+    if all(get_origin(kind) is Literal for kind in kinds):
+        return {**facts, "choices": tuple(dict.fromkeys(value for kind in kinds for value in get_args(kind)))}
+    if kinds[0] is bool:
+        return {**facts, "action": argparse.BooleanOptionalAction}
+    return {**facts, "type": next((kind for kind in (int, float) if kinds[0] is kind), str)}
+
+
+def _documented(method: type[Regularizer], setting: str) -> str:
+    """What the class's docstring, or that of its ``for_run``, says of a setting, in one line."""
+    for text in (method.__doc__, method.for_run.__doc__):
+        if match := re.search(rf"^\s+{setting}: (.+?)(?:\.\s|\.?$)", text or "", re.MULTILINE):
+            return match[1][0].lower() + match[1][1:]
+    return setting.replace("_", " ")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, and say what came out."""
+    from .. import distributed
+    from ..finetune import finetune
+    from ..masks import Mask
+    from ..scores import FisherScores
+
+    with distributed.started(args.device) as device:
+        results = finetune(
+            args.model,
+            **{name: getattr(args, name) for name in ("task", "data", "validation_data", "objective", "data_dir")},
+            text_columns=args.text_columns,
+            label_column=args.label_column,
+            method=args.method,
+            settings={s: getattr(args, s) for s in args.method_settings if getattr(args, s) is not None},
+            scores=FisherScores.load(args.scores) if args.scores else None,
+            mask=Mask.load(args.mask) if args.mask else None,
+            strict=args.strict,
+            seeds=range(args.seeds) if args.seed is None else [args.seed],
+            train_size=args.train_size,
+            subset_seed=args.subset_seed,
+            max_length=args.max_length,
+            measure_forgetting=args.measure_forgetting,
+            out=args.out,
+            resume=args.resume,
+            save_model=args.save_model,
+            revision=args.revision,
+            device=device,
+            **{name: getattr(args, name) for name in TRAINING},
+        )
+        if distributed.is_first():
+            print(f"{args.out}: {results}")

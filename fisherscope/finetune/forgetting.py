@@ -1,0 +1,50 @@
+"""What a model forgets when it is fine-tuned: the loss of its pretraining, with its own head."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..data import load_batches
+from ..models import align, backbone_prefix, infer_objective, load_model, measuring
+from ..objectives import example_losses
+
+NUM_EXAMPLES = 512
+
+
+def pretraining_loss(
+    name: str | Path, data: str | Path, *, revision: str | None = None, trained: nn.Module | None = None
+) -> float:
+    r"""The loss of a checkpoint's own objective per scored token, :math:`\sum_n \ell_n / \sum_n T_n`, in nats.
+
+    Args:
+        name: The checkpoint, with the head of its pretraining.
+        data: Texts, as :func:`fisherscope.load_batches` takes them; at most 512 examples drawn by seed 0 are used.
+        revision: Of the checkpoint on the Hub.
+        trained: A model of the same backbone whose weights the backbone gets; the head keeps its own.
+
+    Raises:
+        ValueError: If the checkpoint was saved without a head.
+    """
+    device = None if trained is None else str(next(trained.parameters()).device)
+    model, tokenizer = load_model(name, revision=revision, device=device)
+    if trained is not None:
+        _take_backbone(model, trained)
+    objective = infer_objective(model)
+    batches = load_batches(data, tokenizer, objective=objective, num_examples=NUM_EXAMPLES, seed=0)
+    total, count = 0.0, 0
+    with measuring(model), torch.no_grad():
+        for batch in batches:
+            losses = example_losses(model, batch, objective)
+            total, count = total + float(losses.total.sum()), count + int(losses.count.sum())
+    return total / count
+
+
+@torch.no_grad()
+def _take_backbone(model: nn.Module, trained: nn.Module) -> None:
+    values = {name: p.detach() for name, p in trained.named_parameters()}
+    prefix = backbone_prefix(model)
+    own = dict(model.named_parameters())
+    for name, value in align(values, backbone_prefix(trained), model).items():
+        if name.startswith(prefix):
+            own[name].copy_(value)

@@ -1,0 +1,51 @@
+"""A random sub-network: what any other choice of the same size has to beat."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from ...masks import Mask, random_fraction
+from ..regularizer import Applied, Regularizer
+from .fixed_mask import backbone_names, train_only
+
+
+@dataclass(frozen=True)
+class RandomMask(Regularizer):
+    r"""Trains a random share of every parameter of the backbone, drawn once, and the head.
+
+    .. math::  \theta_{t+1} = \theta_t + M \odot \Delta_t, \qquad |M_k| = \mathrm{round}(f\, n_k)
+
+    for parameter :math:`k` with :math:`n_k` entries. The entries that are not drawn keep their values bit for bit. The
+    draw depends on the seed and the backbone alone, not on the head or the device.
+
+    Attributes:
+        fraction: Share of the entries of every parameter of the backbone that is trained, above 0.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: If the fraction is out of range.
+    """
+
+    name: ClassVar[str] = "random-mask"
+
+    fraction: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no share."""
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must be above 0 and at most 1, got {self.fraction:g}.")
+
+    @contextmanager
+    def applied_to(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Applied]:
+        """Train the drawn entries for the length of the block."""
+        parameters = dict(model.named_parameters())
+        shapes = Mask({name: torch.zeros(parameters[name].shape, dtype=torch.bool) for name in backbone_names(model)})
+        drawn = random_fraction(shapes, self.fraction, seed=self.seed, stratify="parameter")
+        with train_only(model, optimizer, drawn):
+            yield Applied()

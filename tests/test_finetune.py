@@ -1,0 +1,361 @@
+"""Whole trainings: the loss they minimise, what they measure, and what they leave behind."""
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import kill_when
+
+import fisherscope as fs
+from fisherscope import storage
+from fisherscope.finetune import Applied, Composed, Results, finetune, training
+from fisherscope.finetune.callback import STATE_FILE
+from fisherscope.finetune.parts import before_steps
+from fisherscope.models import backbone_prefix, dropout_sites
+from fisherscope.objectives import example_losses
+
+TASK = "builtin:acceptability"
+QUICK = {"task": TASK, "train_size": 24, "batch_size": 8, "learning_rate": 1e-3, "warmup": 0.0, "progress": False}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_validation():
+    """A validation split of 40 examples, to be quick."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "read_task", _small_task)
+        yield
+
+
+def _small_task(name, split, **options):
+    from dataclasses import replace
+
+    source = fs.read_task(name, split, **options)
+    return source if split == "train" else replace(source, texts=source.texts[:40], labels=source.labels[:40])
+
+
+@pytest.fixture(scope="module")
+def without_dropout(tmp_path_factory):
+    """The built-in models without dropout, as folders."""
+    folder = tmp_path_factory.mktemp("models")
+    for name in ("bert", "gpt2"):
+        model, tokenizer = fs.load_model(f"builtin:{name}")
+        for site in dropout_sites(model, backbone_only=False):
+            site.set_rate(0.0)
+        for key in [key for key in model.config.to_dict() if key.endswith(("dropout_prob", "pdrop"))]:
+            setattr(model.config, key, 0.0)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    one, other = weights(a), weights(b)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class TestLoss:
+    @pytest.mark.parametrize(
+        "data",
+        [
+            {"task": TASK, "name": "bert"},
+            {"task": "builtin:similarity", "name": "bert"},
+            {"data": "builtin:docs", "objective": "mlm", "name": "bert"},
+            {"data": "builtin:docs", "objective": "causal-lm", "name": "gpt2"},
+            {"task": TASK, "name": "gpt2"},
+        ],
+        ids=lambda d: f"{d['name']}-{d.get('objective', d.get('task'))}",
+    )
+    def test_accumulation_changes_no_gradient(self, without_dropout, data):
+        """8 examples at once and 4 times 2 give the same gradients, for examples of unequal length, too."""
+        settings = {key: value for key, value in data.items() if key != "name"}
+        at_once, in_parts = (first_gradients(without_dropout / data["name"], size, **settings) for size in (8, 2))
+        assert relative_difference(at_once, in_parts) < 1e-5
+
+    def test_the_logged_loss_is_that_of_the_examples(self, without_dropout, tmp_path):
+        """The first logged loss is the mean of the losses of the examples, computed one by one."""
+        results = finetune(
+            without_dropout / "gpt2", data="builtin:docs", objective="causal-lm", train_size=6, batch_size=2,
+            accumulate=3, max_steps=1, learning_rate=1e-3, progress=False,
+        )  # fmt: skip
+        model, tokenizer = fs.load_model(without_dropout / "gpt2")
+        batches = fs.load_batches("builtin:docs", tokenizer, objective="causal-lm", num_examples=6, batch_size=1)
+        with torch.no_grad():
+            losses = [example_losses(model, batch, "causal-lm") for batch in batches]
+        expected = sum(float(x.total) for x in losses) / sum(int(x.count) for x in losses)
+        assert results.runs[0].losses[0]["loss"] == pytest.approx(expected, rel=1e-5)
+
+    def test_penalties_are_added_once_whatever_the_accumulation(self, without_dropout):
+        model = without_dropout / "bert"
+        at_once, in_parts = (first_gradients(model, size, PullsToZero(0.1), task=TASK) for size in (8, 2))
+        assert relative_difference(at_once, in_parts) < 1e-5
+        assert relative_difference(at_once, first_gradients(model, 8, task=TASK)) > 1e-2
+
+
+class Notes(fs.Regularizer):
+    """The gradients of the first optimizer step."""
+
+    def __init__(self):
+        self.gradients = {}
+
+    @contextmanager
+    def applied_to(self, model, optimizer):
+        def note():
+            self.gradients |= {name: p.grad.clone() for name, p in model.named_parameters()}
+
+        with before_steps(optimizer, note):
+            yield Applied()
+
+
+def first_gradients(model, batch_size, *others, **settings):
+    """The gradients of 8 examples, as many at once as the batch size says."""
+    notes = Notes()
+    finetune(
+        model, method=Composed((notes, *others)), train_size=8, max_steps=1, batch_size=batch_size,
+        accumulate=8 // batch_size, progress=False, **settings,
+    )  # fmt: skip
+    return notes.gradients
+
+
+def relative_difference(one, other):
+    largest = max(float(gradient.abs().max()) for gradient in one.values())
+    return max(float((one[name] - other[name]).abs().max()) for name in one) / largest
+
+
+class PullsToZero(fs.Regularizer):
+    """A penalty on the logits."""
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def penalty(self, model, batch, predictions):
+        return self.weight * predictions.outputs.square().flatten(1).sum(1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two seeds, two epochs."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    results = finetune(
+        "builtin:bert", **QUICK, epochs=2, seeds=[0, 3], out=folder, save_model=True,
+        measure_forgetting="builtin:docs",
+    )  # fmt: skip
+    return folder, results
+
+
+class TestResults:
+    def test_the_folder_holds_what_was_done(self, run):
+        folder, results = run
+        assert {f.name for f in folder.iterdir()} == {
+            "config.yaml", "run.json", "results.json", "predictions.jsonl", "model-seed-0", "model-seed-3",
+        }  # fmt: skip
+        loaded = Results.load(folder)
+        assert str(loaded) == str(results)
+        assert loaded.runs[1] == results.runs[1]
+        assert [run.seed for run in loaded.runs] == [0, 3]
+        assert all(len(value) == 16 for value in loaded.fingerprints.values())
+
+    def test_metrics_are_those_of_the_predictions(self, run):
+        folder, results = run
+        rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        mine = [row for row in rows if row["seed"] == 3]
+        assert [row["example"] for row in mine] == list(range(40))
+        source = _small_task(TASK, "validation")
+        assert [row["label"] for row in mine] == list(source.labels)
+        accuracy = np.mean([row["label"] == row["predicted"] for row in mine])
+        last = results.runs[1].evaluations[-1]
+        assert last["accuracy"] == pytest.approx(accuracy)
+        assert last["loss"] == pytest.approx(np.mean([row["loss"] for row in mine]))
+        assert [(row["step"], row["epoch"]) for row in results.runs[1].evaluations] == [(3, 1.0), (6, 2.0)]
+
+    def test_the_saved_model_opens_without_us_and_says_the_same(self, run):
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        folder, _ = run
+        model = AutoModelForSequenceClassification.from_pretrained(folder / "model-seed-3").eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder / "model-seed-3")
+        assert model.config.id2label == dict(enumerate(fs.read_task(TASK, "train").label_names))
+        texts = [text for (text,) in _small_task(TASK, "validation").texts]
+        inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            predicted = model(**inputs).logits.argmax(-1).tolist()
+        rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+        assert predicted == [row["predicted"] for row in rows if row["seed"] == 3]
+
+    def test_forgetting_is_the_loss_of_pretraining_with_the_new_backbone(self, run):
+        folder, results = run
+        model, tokenizer = fs.load_model("builtin:bert")
+        batches = fs.load_batches("builtin:docs", tokenizer, objective="mlm", num_examples=512, seed=0)
+
+        def loss() -> float:
+            with torch.no_grad():
+                losses = [example_losses(model, batch, "mlm") for batch in batches]
+            return float(sum(x.total.sum() for x in losses) / sum(x.count.sum() for x in losses))
+
+        forgotten = results.runs[0].forgetting
+        assert forgotten["before"] == pytest.approx(loss(), rel=1e-5)
+        trained = weights(folder / "model-seed-0")
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.startswith(backbone_prefix(model)):
+                    parameter.copy_(trained[name])
+        assert forgotten["after"] == pytest.approx(loss(), rel=1e-5)
+        assert forgotten["after"] > forgotten["before"]
+
+    def test_the_same_again(self, run, tmp_path):
+        """Two calls with one seed give the same weights, bit for bit, whatever ran before."""
+        folder, _ = run
+        torch.rand(7)
+        finetune("builtin:bert", **QUICK, epochs=2, seeds=[3], out=tmp_path / "again", save_model=True)
+        assert same(folder / "model-seed-3", tmp_path / "again" / "model-seed-3")
+        assert not same(folder / "model-seed-0", folder / "model-seed-3")
+
+    def test_a_finished_run_is_read_and_not_run_again(self, run):
+        folder, results = run
+        before = (folder / "results.json").stat().st_mtime_ns
+        again = finetune("builtin:bert", **QUICK, epochs=2, seeds=[0, 3], out=folder, resume=True,
+                         measure_forgetting="builtin:docs")  # fmt: skip
+        assert str(again) == str(results)
+        assert (folder / "results.json").stat().st_mtime_ns == before
+
+    def test_results_are_not_replaced(self, run):
+        folder, _ = run
+        with pytest.raises(FileExistsError, match="holds results; give resume"):
+            finetune("builtin:bert", **QUICK, out=folder)
+
+    def test_a_run_goes_on_with_its_own_settings_only(self, run):
+        folder, _ = run
+        with pytest.raises(ValueError, match=r"begun with another setting: epochs \(2 there, 5 now\)"):
+            finetune("builtin:bert", **QUICK, epochs=5, out=folder, resume=True, measure_forgetting="builtin:docs")
+
+    def test_a_damaged_file_is_refused(self, tmp_path):
+        for text, match in (("{", "not JSON"), ('{"format": "x"}', "should be a"), ("[]", "damaged|not JSON")):
+            (tmp_path / "results.json").write_text(text)
+            with pytest.raises(storage.WrongFile, match=match):
+                Results.load(tmp_path)
+
+
+SCRIPT = """
+import sys
+import fisherscope as fs
+import test_finetune
+from fisherscope.finetune import finetune, training
+training.read_task = test_finetune._small_task
+training.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+test_finetune.interrupted(sys.argv[1], sys.argv[2])
+"""
+
+METHODS_TO_KILL = {
+    "guided-dropout": {},
+    "fixed-mask": {"fraction": 0.3},
+    "dps-dense": {"update_ratio": 0.2},
+    "child-tuning-f": {},
+}
+
+
+def interrupted(out: str, method: str, **options) -> Results:
+    return finetune(
+        "builtin:bert", **QUICK, epochs=4, method=method, settings=METHODS_TO_KILL[method], out=out, save_model=True,
+        **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", METHODS_TO_KILL)
+def test_a_killed_training_goes_on_to_the_same_weights(method, tmp_path):
+    """SIGKILL in the middle of epoch 2: resumed, the weights and results are those of an uninterrupted run."""
+    whole = interrupted(str(tmp_path / "whole"), method)
+    killed = tmp_path / "killed"
+
+    def in_second_epoch() -> bool:
+        return any((killed / "seed-0").glob(f"checkpoint-[5-9]/{STATE_FILE}"))
+
+    kill_when(in_second_epoch, SCRIPT, killed, Path(method))
+    assert not (killed / "results.json").exists()
+    resumed = interrupted(str(killed), method, resume=True)
+    assert same(tmp_path / "whole" / "model-seed-0", killed / "model-seed-0")
+    assert resumed.runs[0].evaluations == whole.runs[0].evaluations
+    assert resumed.runs[0].losses == whole.runs[0].losses
+    assert not (killed / "seed-0").exists()
+
+
+def test_an_exception_takes_the_regularizer_off(monkeypatch):
+    removed = []
+
+    class Fails(fs.Regularizer):
+        def applied_to(self, model, optimizer):
+            from contextlib import ExitStack
+
+            stack = ExitStack()
+            stack.callback(removed.append, True)
+            return stack
+
+        def penalty(self, model, batch, predictions):
+            raise RuntimeError("in the middle")
+
+    with pytest.raises(RuntimeError, match="in the middle"):
+        finetune("builtin:bert", **QUICK, method=Fails())
+    assert removed == [True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"task": None}, "needs a task or data, and not both"),
+        ({"data": "builtin:docs"}, "needs a task or data, and not both"),
+        ({"method": "guided"}, "method must be one of .*, vanilla, .*; got 'guided'"),
+        ({"settings": {"highest": 1}}, "vanilla has no setting 'highest'; it has none"),
+        ({"epochs": 0}, "epochs must be above 0, got 0"),
+        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"warmup": 1.0}, "warmup is a share of the steps"),
+        ({"save_model": True}, "save_model needs out"),
+        ({"method": "fixed-mask", "settings": {"fraction": 2.0}}, "fraction must be between 0 and 1"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments, match):
+    with pytest.raises(ValueError, match=match):
+        finetune("builtin:bert", **(QUICK | arguments))
+
+
+def test_a_training_that_diverges_says_so():
+    results = finetune("builtin:bert", **(QUICK | {"learning_rate": 1e30, "max_steps": 4}))
+    assert results.runs[0].status == "diverged"
+    assert "diverged" in str(results)
+
+
+def test_two_methods_at_once(tmp_path):
+    """The mask freezes, and the rates are those of guided dropout."""
+    model, tokenizer = fs.load_model("builtin:bert")
+    batches = fs.load_batches("builtin:docs", tokenizer, objective="mlm", num_examples=16)
+    scores = fs.estimate_fisher(model, batches, progress=False)
+    mask = fs.top_fraction(scores, 0.1)
+    finetune("builtin:bert", **QUICK, method="guided-dropout+fixed-mask", scores=scores, mask=mask, max_steps=3,
+             settings={"highest": 0.5}, out=tmp_path / "both", save_model=True)  # fmt: skip
+    finetune("builtin:bert", **QUICK, method="fixed-mask", mask=mask, max_steps=3, out=tmp_path / "one",
+             save_model=True)  # fmt: skip
+    trained = weights(tmp_path / "both" / "model-seed-0")
+    start = dict(model.named_parameters())
+    for name, selected in mask.items():
+        if name in trained and name.startswith("bert."):
+            assert torch.equal(trained[name][~selected], start[name].detach()[~selected]), name
+    assert not same(tmp_path / "both" / "model-seed-0", tmp_path / "one" / "model-seed-0")
+
+
+def test_the_command_line(tmp_path, capsys, monkeypatch):
+    from fisherscope.cli import main
+
+    flags = ["--model", "builtin:bert", "--task", TASK, "--train-size", "16", "--max-steps", "2", "--out"]
+    assert main(["finetune", *flags, str(tmp_path / "a"), "--method", "guided-dropout", "--highest", "0.2"]) == 0
+    assert "guided-dropout on builtin:acceptability, matthews" in capsys.readouterr().out
+    results = Results.load(tmp_path / "a")
+    assert results.settings["settings"] == {"highest": 0.2}
+    assert main(["finetune", *flags, str(tmp_path / "b"), "--highest", "0.2"]) == 1
+    assert "vanilla has no setting 'highest'" in capsys.readouterr().err
