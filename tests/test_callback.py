@@ -99,7 +99,7 @@ def trainer(folder: Path, callbacks: list[TrainerCallback], model: nn.Module | N
     return Trainer(
         model=model or classifier(),
         args=TrainingArguments(output_dir=str(folder), **{**chosen, **settings}),
-        train_dataset=case("bert-classifier", lengths=range(2, 2 + EXAMPLES)).examples,  # pyright: ignore
+        train_dataset=case("bert-classifier", lengths=range(2, 2 + EXAMPLES)).examples,
         data_collator=lambda examples: batched(examples, len(examples))[0],
         callbacks=callbacks,
     )

@@ -580,6 +580,14 @@ def test_the_second_pass_drops_other_activations_and_the_generator_goes_on_as_if
     assert len(different) == 6
 
 
+def test_the_numbers_of_the_second_pass_come_again_nowhere():
+    """Else the next first pass would drop what the second one did, a few places further on."""
+    with r_drop._other_draws(torch.device("cpu")):
+        inside = torch.rand(1000, dtype=torch.float64)
+    after = torch.rand(2000, dtype=torch.float64)
+    assert not set(inside.tolist()) & set(after.tolist())
+
+
 def test_weight_0_is_one_pass_and_no_term(monkeypatch: pytest.MonkeyPatch):
     made = case("bert-classifier", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     batch = batched(made.examples, 4)[0]

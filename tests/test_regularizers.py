@@ -439,7 +439,7 @@ class Forgetful(Pushing):
 class SavingNumbers(Pushing):
     def state(self, model: nn.Module, optimizer: Optimizer) -> Any:
         state = Applied()
-        state.state_dict = lambda: {"steps": 2}  # pyright: ignore
+        state.state_dict = lambda: {"steps": 2}
         return state
 
 

@@ -59,7 +59,7 @@ def hypergradient(
             ends.append(_gradients(train_loss(), settings))
     finally:
         set_values(weights, kept)
-    return [d + learning_rate * (p - m) / (2 * size) for d, p, m in zip(direct, *ends, strict=True)]
+    return [d - learning_rate * (p - m) / (2 * size) for d, p, m in zip(direct, *ends, strict=True)]
 
 
 @torch.no_grad()

@@ -264,7 +264,7 @@ def _require_same(
     trial: _Trial, before: Mapping[str, object], model: nn.Module, optimizer: Optimizer, promise: str
 ) -> None:
     after = _facts(model, optimizer)
-    for name in before | after:
+    for name in {**before, **after}:
         was, found = before.get(name), after.get(name)
         trial.require(_same(was, found), f"must {promise}, but {name} {_told(was, found)}")
 
@@ -321,7 +321,7 @@ def _same(a: object, b: object) -> bool:
 
 def _tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Copies of all tensors that training changes."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     found = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     found |= {f"the gradient of {name}": p.grad for p, name in names.items() if p.grad is not None}
     for parameter, state in optimizer.state.items():

@@ -104,7 +104,7 @@ class _Noise(TorchFunctionMode):
     def _multiplied(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
         del inplace  # nobody relies on it: what is returned is used
         if self.method.variant == "published":  # the rate that functional dropout is called with is 0 in eval mode
-            return _noisy(x, p / (1 - p)) if p else x
+            return _noisy(x, self.method.rate / (1 - self.method.rate))
         return _noisy(x, math.sqrt(p / (1 - p))) if training and p else x
 
 
