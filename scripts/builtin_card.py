@@ -30,7 +30,9 @@ WHAT = {
 EARLY = {
     "mlm": "the first {:,} steps predict the next token, looking left only, the others masked tokens; ",
     "causal-lm": "",
-    "seq2seq-lm": "the first {:,} steps continue the first half of a window, the others restore dropped spans; ",
+    "seq2seq-lm": "in the first {:,} steps the encoder alone predicts the next token and then the first token of every "
+    "dropped span, and the decoder begins to restore spans; in the others spans of 3 tokens on average, 15 % of all, "
+    "and of 8, half of all, are restored by turns; ",
 }
 
 

@@ -49,7 +49,9 @@ def row(results: Results, vanilla: Results) -> list[str]:
     """Mean and spread, the paired difference to vanilla with its 95 % t interval, failed runs, and time of a step."""
     values = results.values()
     mean, spread = statistics.mean(values.values()), statistics.stdev(values.values())
-    time = statistics.median(a.seconds_per_step / b.seconds_per_step for a, b in zip(results.runs, vanilla.runs, strict=True))
+    time = statistics.median(
+        a.seconds_per_step / b.seconds_per_step for a, b in zip(results.runs, vanilla.runs, strict=True)
+    )
     failed = sum(run.constant or run.status != "finished" for run in results.runs)
     cells = [results.method, f"{mean:.3f} ± {spread:.3f}", difference(values, vanilla.values()), str(failed)]
     return [*cells, f"{time:.2f}"]

@@ -58,6 +58,7 @@ SNAPSHOTS_AFTER = (0, 64, 256, 1024, 2048, 4096)  # steps of the objective itsel
 BUILTIN_BERT = Path(__file__).parent.parent / "fisherscope" / "builtin" / "bert"
 
 Example = dict[str, np.ndarray]
+Encode = Callable[[np.ndarray, np.random.Generator, PreTrainedTokenizerFast], Example]
 
 
 def read_text(path: Path) -> list[str]:
@@ -142,9 +143,15 @@ def next_tokens(window: np.ndarray, draw: np.random.Generator, tokenizer: PreTra
     return {"input_ids": window, "labels": window}
 
 
-def dropped_spans(window: np.ndarray, draw: np.random.Generator, tokenizer: PreTrainedTokenizerFast) -> Example:
+def dropped_spans(
+    window: np.ndarray,
+    draw: np.random.Generator,
+    tokenizer: PreTrainedTokenizerFast,
+    density: float = 0.15,
+    mean_span: float = 3.0,
+) -> Example:
     sentinels = tokenizer.convert_tokens_to_ids(SENTINELS)
-    inputs, targets = corrupt_spans(window[1:], draw, sentinels=sentinels)
+    inputs, targets = corrupt_spans(window[1:], draw, sentinels=sentinels, density=density, mean_span=mean_span)
     return {
         "input_ids": np.append(inputs, tokenizer.eos_token_id),
         "labels": np.append(targets, tokenizer.eos_token_id),
@@ -168,6 +175,11 @@ def first_dropped_tokens(window: np.ndarray, draw: np.random.Generator, tokenize
     starts = np.isin(targets[:-1], sentinels)
     labels[np.isin(inputs, sentinels)] = targets[1:][starts]
     return {"input_ids": inputs, "encoder_labels": labels}
+
+
+def dropped_halves(window: np.ndarray, draw: np.random.Generator, tokenizer: PreTrainedTokenizerFast) -> Example:
+    """Half of the window in longer spans (one of the denoisers of Tay et al., arXiv 2205.05131)."""
+    return dropped_spans(window, draw, tokenizer, density=0.5, mean_span=8.0)
 
 
 @torch.no_grad()
@@ -276,6 +288,7 @@ def build_t5(tokenizer: PreTrainedTokenizerFast) -> T5ForConditionalGeneration:
 class Family:
     """What differs between the built-in models.
 
+    ``encode`` is what they learn, by turns if there are several: for T5 half of the batches teach the decoder more.
     ``early`` is what they learn first, one after the other for as many steps: there every position teaches something,
     so attention forms early; with masking alone the BERT was still near the unigram entropy after 13 million tokens
     (two phases: Gisserot-Boukhlef et al., arXiv 2507.00994), and the T5's decoder paid no attention to the encoder.
@@ -284,8 +297,8 @@ class Family:
     objective: str
     tokenizer: Callable[[Tokenizer], PreTrainedTokenizerFast]
     build: Callable[[PreTrainedTokenizerFast], PreTrainedModel]
-    encode: Callable[[np.ndarray, np.random.Generator, PreTrainedTokenizerFast], Example]
-    early: tuple[Callable[[np.ndarray, np.random.Generator, PreTrainedTokenizerFast], Example], ...]
+    encode: tuple[Encode, ...]
+    early: tuple[Encode, ...]
     dropout: dict[str, float]  # of the configuration that ships, for fine-tuning; pretraining has none
 
 
@@ -294,7 +307,7 @@ FAMILIES = {
         "mlm",
         bert_tokenizer,
         build_bert,
-        masked,
+        (masked,),
         (next_tokens_by_encoder,),
         {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1},
     ),
@@ -302,7 +315,7 @@ FAMILIES = {
         "causal-lm",
         gpt2_tokenizer,
         build_gpt2,
-        next_tokens,
+        (next_tokens,),
         (next_tokens,),
         {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1},
     ),
@@ -310,8 +323,8 @@ FAMILIES = {
         "seq2seq-lm",
         t5_tokenizer,
         build_t5,
-        dropped_spans,
-        (next_tokens_by_t5_encoder, first_dropped_tokens),
+        (dropped_spans, dropped_halves),
+        (next_tokens_by_t5_encoder, first_dropped_tokens, dropped_spans),
         {"dropout_rate": 0.1},
     ),
 }
@@ -345,8 +358,9 @@ class Windows(Dataset):
         draw = example_generator(self.seed, index)
         stream = self.streams[draw.choice(len(self.streams), p=self.shares)]
         start = draw.integers(len(stream) - length)
-        early = self.family.early
-        encode = early[step * len(early) // self.early_steps] if step < self.early_steps else self.family.encode
+        late, early = self.family.encode, self.family.early
+        is_early = step < self.early_steps
+        encode = early[step * len(early) // self.early_steps] if is_early else late[step % len(late)]
         example = encode(stream[start : start + length], draw, self.tokenizer)
         return {name: torch.from_numpy(array) for name, array in example.items()}
 

@@ -206,7 +206,7 @@ def test_the_rates_are_in_the_model_for_the_block_and_the_classifier_keeps_its_o
 def test_rates_are_restored_exactly_after_an_exception(family: str):
     model = entry(family, "classification").model
     for number, site in enumerate(dropout_sites(model)):
-        setattr(site.module, site.attribute, 0.01 * number)
+        site.set_rate(0.01 * number)
     before = rates(model)
     with pytest.raises(KeyError), applied(GuidedDropout(drawn_scores(model)), model):
         assert rates(model) != before
@@ -221,7 +221,7 @@ def test_two_passes_in_training_are_equal_when_every_site_has_rate_0(family: str
     made.model.train()
     method = GuidedDropout(drawn_scores(made.model), highest=0.0)
     for site in dropout_sites(made.model):
-        setattr(site.module, site.attribute, 0.4)
+        site.set_rate(0.4)
     heads = [
         s
         for s in dropout_sites(made.model, backbone_only=False)
@@ -262,7 +262,7 @@ def test_guided_dropout_takes_the_scores_of_the_run():
     language, model = built("bert"), built("bert-classifier")
     scores = drawn_scores(language)
     run = Run(model, [], "classification", 10, scores=scores)  # pyright: ignore[reportArgumentType]
-    method = GuidedDropout.for_run(run, highest=0.2)
+    method: Any = GuidedDropout.for_run(run, highest=0.2)
     assert method.sites(model) == guided_rates(scores, model, highest=0.2)
 
 
@@ -414,7 +414,7 @@ def test_the_dropout_of_the_head_stays_as_it_is():
     made = case("bert-classifier", classifier_dropout=0.5)
     made.model.train()
     seen: list[Tensor] = []
-    made.model.dropout.register_forward_hook(lambda _, args, out: seen.append(out / args[0]))
+    made.model.get_submodule("dropout").register_forward_hook(lambda _, args, out: seen.append(out / args[0]))
     with applied(GaussianDropout(), made.model):
         outputs(made)
     assert set(seen[0].flatten().tolist()) == {0.0, 2.0}

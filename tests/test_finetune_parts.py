@@ -17,6 +17,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from fisherscope.finetune import parts
 from fisherscope.finetune.contract import _facts, _same
 from fisherscope.finetune.regularizer import METHODS, Applied, Composed, Regularizer
+from fisherscope.models import dropout_sites
 from fisherscope.objectives import predict
 
 
@@ -358,6 +359,21 @@ def test_gradients_are_the_same_when_layers_are_computed_again(bert: Case):
     assert len(calls) == 3
 
 
+# Dropout
+
+
+@pytest.mark.parametrize("architecture", ["BERT", "T5"])
+def test_rates_of_dropout_are_set_and_restored_after_an_exception(architecture: str):
+    """Those of modules, and the numbers that T5's attention hands to functions."""
+    made = entry(architecture, "classification")
+    sites = dropout_sites(made.model)
+    wanted = [0.2 + 0.01 * number for number in range(len(sites))]
+    rates = parts.rates_set(sites, wanted)
+    with undone(made.model, SGD(made.model.parameters())), untouched(made.model), rates:
+        assert [site.rate for site in dropout_sites(made.model)] == wanted
+        raise Interrupted
+
+
 # Regularizers of regularizers
 
 
@@ -371,6 +387,7 @@ class Counted(Applied):
         return {"count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        assert state.keys() == {"count"}
         self.count = state["count"]
 
 
