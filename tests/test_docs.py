@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from fisherscope.cli import main
+from fisherscope.finetune import METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ROW = re.compile(r"^\| `([a-z][\w-]*)` \|.*\|.*\| (.*) \|$", re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=lambda p: p.name)
@@ -39,3 +41,26 @@ def test_links_of_the_pages_lead_somewhere() -> None:
 
 def test_gate_runs_the_readme_command() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def described_methods() -> dict[str, str]:
+    """What the table of methods says of the settings of each."""
+    return dict(ROW.findall((ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")))
+
+
+def test_table_of_methods_has_them_all() -> None:
+    assert described_methods().keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_table_of_methods_names_settings_and_defaults(method: str) -> None:
+    """Every setting, in its order, with the default that it has, and no other."""
+    described = re.findall(r"`(\w+)`(?: ([\w.]+))?", described_methods()[method])
+    settings = METHODS[method].settings()
+    assert [name for name, _ in described] == list(settings)
+    for name, default in described:
+        expected = settings[name].default
+        if expected is settings[name].empty:
+            assert default == "", name
+        else:
+            assert type(expected)(default) == expected, name

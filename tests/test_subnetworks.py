@@ -154,7 +154,7 @@ def test_clipping_sees_only_the_gradients_that_are_used(encoder: Case):
     mask = half_of(encoder.model)
     ours = train_with(encoder, SubnetworkUpdate(mask), decay=0.0)
     other = entry("BERT", "classification")
-    parameters = dict(other.model.named_parameters())
+    parameters: dict[str, Any] = dict(other.model.named_parameters())
 
     def zero() -> None:
         for name, selected in mask.items():
@@ -166,14 +166,14 @@ def test_clipping_sees_only_the_gradients_that_are_used(encoder: Case):
 
 
 def test_an_infinite_gradient_of_an_unselected_entry_harms_nothing():
-    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    model = nn.Linear(2, 1, bias=False)
     optimizer = adam(model)
-    mask = Mask({"0.weight": torch.tensor([[True, False]])})
+    mask = Mask({"weight": torch.tensor([[True, False]])})
     with SubnetworkUpdate(mask).applied_to(model, optimizer):
         model(torch.tensor([[1.0, torch.inf]])).sum().backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    assert torch.isfinite(model[0].weight).all()
+    assert torch.isfinite(model.weight).all()
 
 
 def test_parameters_with_nothing_selected_get_no_gradient_and_no_state(encoder: Case):
@@ -480,6 +480,7 @@ def test_every_entry_gets_its_gradient_divided_by_p_or_nothing():
     optimizer = SGD(model.parameters(), lr=1.0)
     with ChildTuningF(0.25).applied_to(model, optimizer):
         model(torch.ones(1, 40)).sum().backward()
+        assert model.weight.grad is not None
         assert set(model.weight.grad.unique().tolist()) == {0.0, 1.0}  # what is clipped is not yet divided
         optimizer.step()
     assert set((before - model.weight).round(decimals=4).unique().tolist()) == {0.0, 4.0}
@@ -531,7 +532,7 @@ def test_a_resumed_training_draws_what_comes_next():
     def gradient() -> Tensor:
         model.weight.grad = None
         model(torch.ones(1, 20)).sum().backward()
-        return model.weight.grad.clone()
+        return model.weight.grad != 0
 
     with ChildTuningF(0.5).applied_to(model, optimizer) as applied:
         first = gradient()
@@ -604,7 +605,7 @@ def test_the_published_variant_squares_clipped_batch_means_in_train_mode(limit: 
     run = run_of(encoder, seed=5, settings={"max_grad_norm": limit})
     made = ChildTuningD.for_run(run, variant="published")
     model = encoder.model.train()
-    named = {name: p for name, p in model.named_parameters() if ".layer." in name}
+    named: dict[str, Any] = {name: p for name, p in model.named_parameters() if ".layer." in name}
     expected = {name: torch.zeros_like(p) for name, p in named.items()}
     torch.manual_seed(5)
     for batch in run.batches:
@@ -654,10 +655,12 @@ METHODS: dict[str, Callable[[nn.Module], tuple[Regularizer, Regularizer | None]]
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_what_every_method_promises_holds(method: str, classifier: Case):
-    if method == "BitFit" and type(classifier.model).__name__.startswith("T5"):
-        pytest.skip("this model has no biases")
+PAIRS = [(method, kind) for method in METHODS for kind in KINDS if (method, kind) != ("BitFit", "T5")]  # no biases
+
+
+@pytest.mark.parametrize(("method", "kind"), PAIRS)
+def test_what_every_method_promises_holds(method: str, kind: str):
+    classifier = entry(kind, "classification")
     changing, neutral = METHODS[method](classifier.model)
     check_regularizer(
         changing,

@@ -41,16 +41,17 @@ class RegularizerCallback(TrainerCallback):
     ) -> None:
         """Apply it; in a resumed training, go on from the checkpoint."""
         del control
-        self._applied = self._stack.enter_context(self.regularizer.applied_to(facts["model"], facts["optimizer"]))
-        if state.global_step:
-            path = _checkpoint(args, state) / STATE_FILE
-            if not path.is_file():
-                self.close()
-                raise FileNotFoundError(
-                    f"{path.parent} is no complete checkpoint of a training with {type(self.regularizer).__name__}; "
-                    "resume from one in the output folder that has the file regularizer.safetensors."
-                )
-            self._applied.load_state_dict(load_file(path))
+        path = _checkpoint(args, state) / STATE_FILE
+        if state.global_step and not path.is_file():
+            raise FileNotFoundError(
+                f"{path.parent} is no complete checkpoint of a training with {type(self.regularizer).__name__}; "
+                "resume from one in the output folder that has the file regularizer.safetensors."
+            )
+        with ExitStack() as stack:
+            self._applied = stack.enter_context(self.regularizer.applied_to(facts["model"], facts["optimizer"]))
+            if state.global_step:
+                self._applied.load_state_dict(load_file(path))
+            self._stack = stack.pop_all()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **facts: Any) -> None:
         """Put the state beside the checkpoint; it is the last file, so a checkpoint that has it is complete."""

@@ -213,11 +213,11 @@ def _check_inside(changed: Mapping[str, Tensor], mask: Mask, model: nn.Module) -
 
 
 def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """Of names, types, shapes and every bit; 16 hexadecimal digits."""
+    """Of names, shapes and every bit; 16 hexadecimal digits."""
     parts: list[bytes | str] = []
     for name in sorted(tensors):
         flat = tensors[name].cpu().contiguous().flatten()
-        parts += [f"{name} {flat.dtype} {tuple(tensors[name].shape)}", flat.view(torch.uint8).numpy().tobytes()]
+        parts += [f"{name}{tuple(tensors[name].shape)}", flat.view(torch.uint8).numpy().tobytes()]
     return storage.digest(*parts)
 
 
