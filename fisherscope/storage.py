@@ -192,7 +192,9 @@ def origin(path: str | Path) -> str:
 
 
 def file_format(path: str | Path) -> str:
-    """Which of our formats a file holds, by its header: ``"fisherscope.scores"``, ``".mask"`` or ``".landscape"``.
+    """Which of our formats a file holds: ``"fisherscope.scores"``, ``".mask"``, ``".landscape"`` or ``".results"``.
+
+    Scores and landscapes are told apart by their header, masks and results (a folder, too) by name alone.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -201,6 +203,8 @@ def file_format(path: str | Path) -> str:
     path = Path(path)
     if path.name.removesuffix(".part").endswith(".safetensors") and path.is_file():
         return "fisherscope.mask"
+    if path.name.removesuffix(".part").endswith(".json") or path.is_dir():
+        return "fisherscope.results"
     with _open_any_hdf5(path) as file:
         found = str(file.attrs.get("format", ""))
     if not found.startswith("fisherscope."):

@@ -17,11 +17,15 @@ if TYPE_CHECKING:
     from ..masks import Mask
     from ..scores import FisherScores
 
+METRICS = ("accuracy", "f1", "matthews", "pearson", "spearman")
+
 Table = list[dict[str, Any]]
 """Rows of a table: the same columns in each, the first one a name."""
 
 _FORMATS = {"entries": ",", "selected": ",", "density": ".2%", "share": ".2%"}
 _FORMATS |= dict.fromkeys(("mean", "max", "sum", "first_half_mean", "second_half_mean"), ".3e")
+_FORMATS |= dict.fromkeys(("epoch", "seconds_per_step"), ".3g") | {"trained": ","}
+_FORMATS |= dict.fromkeys(("loss", *METRICS, *(f"best_{name}" for name in ("loss", *METRICS))), ".4f")
 _FORMATS |= dict.fromkeys(("overlap", "chance", "jaccard", "rank_correlation"), ".3f")
 
 
@@ -32,7 +36,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="scores, a mask, a landscape, or the .part of a run in progress; two scores or two masks are compared",
+        help="scores, a mask, a landscape, the folder of a fine-tuning run, or the .part of a run in progress; two scores "
+        "or two masks are compared",
     )
     parser.add_argument("--by", choices=("layer", "parameter"), default="layer", help="rows of the table")
     parser.add_argument("--fraction", type=float, default=0.1, help="of the masks that scores are compared by")
@@ -74,6 +79,11 @@ def _one(args: argparse.Namespace) -> tuple[list[str], Table, Mapping[str, Any]]
 
         mask = Mask.load(path)
         return [str(mask)], _selected(mask, args.by), mask.provenance
+    if found == "fisherscope.results":
+        from ..finetune import Results
+
+        results = Results.load(path)
+        return [str(results)], results.table(), {**results.settings, **results.fingerprints, **results.provenance}
     from ..landscape import Landscape
 
     landscape = Landscape.load(path)

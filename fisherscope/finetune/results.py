@@ -82,6 +82,20 @@ class Results:
         """The main or another metric by seed."""
         return {run.seed: run.value(metric or self.metric, which) for run in self.runs if run.evaluations}
 
+    def table(self) -> list[dict[str, Any]]:
+        """A row for every seed: the metrics after the last epoch, the main one at its best, and what it cost."""
+        return [
+            {
+                "seed": str(run.seed),
+                "status": run.status,
+                **{name: value for name, value in (run.evaluations or [{}])[-1].items() if name != "step"},
+                f"best_{self.metric}": run.value(self.metric, "best") if run.evaluations else None,
+                "seconds_per_step": run.seconds_per_step,
+                "trained": run.trained,
+            }
+            for run in self.runs
+        ]
+
     def __str__(self) -> str:
         """A line for every seed, and the mean."""
         lines = [f"{self.method} on {self.task}, {self.metric} on the validation examples: last (best epoch)"]
@@ -106,13 +120,16 @@ class Results:
 
     @staticmethod
     def load(path: str | Path) -> "Results":
-        """Read a file of :meth:`save`; of a folder, its ``results.json``.
+        """Read a file of :meth:`save`; of a folder, its ``results.json``, or the ``.part`` of a run in progress.
 
         Raises:
             FileNotFoundError: If there is no such file.
             WrongFile: If it holds something else, another version, or is damaged.
         """
-        path = Path(path) / "results.json" if Path(path).is_dir() else Path(path)
+        path = Path(path)
+        if path.is_dir():
+            complete = path / "results.json"
+            path = complete if complete.exists() else storage.part_path(complete)
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.")
         try:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import numpy as np
 import torch
@@ -113,7 +113,7 @@ class WeightsMixup(Regularizer):
         splits: int = 5,
         search_epochs: float = 3.0,
         alpha_learning_rate: float = 2e-3,
-    ) -> Self:
+    ) -> "WeightsMixup":
         """Search for the shares on the training examples; the weights that were found with them go into the model.
 
         Args:
