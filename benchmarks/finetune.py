@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What a regularizer adds to a training step: steps of all methods take turns, each on a model of its own.
 
-    PYTHONPATH=. python benchmarks/finetune.py --out benchmarks/results/finetune-NAME.json
+PYTHONPATH=. python benchmarks/finetune.py --out benchmarks/results/finetune-NAME.json
 """
 
 import argparse
@@ -109,8 +109,8 @@ def table(report: dict) -> str:
             f"# Cost of a training step: {report['device']}, float32",
             "",
             f"{report['date']}; torch {torch.__version__}. BERT-{report['size']}-sized, B={report['batch_size']}, "
-            f"T={report['length']}, random weights; AdamW, gradients clipped. Steps took turns, {report['rounds']} rounds; "
-            "medians, and the median of the ratios to vanilla's step of the same round.",
+            f"T={report['length']}, random weights; AdamW, gradients clipped. Steps took turns, "
+            f"{report['rounds']} rounds; medians, and the median of the ratios to vanilla's step of the same round.",
             "",
             "| method | seconds per step | / vanilla |",
             "| --- | --- | --- |",

@@ -73,7 +73,7 @@ def load_model(
         check_objective(objective)
         labels = _head_size(config, objective, num_labels, str(name))
         auto_class = _auto_class(config, objective, str(name))
-        with torch.random.fork_rng(devices=[]), _quiet_loading(transformers):
+        with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
             model, report = auto_class.from_pretrained(
                 path, revision=revision, dtype=dtype, output_loading_info=True, **labels
@@ -161,8 +161,10 @@ def _resolve(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_loading(transformers: Any) -> Iterator[None]:
-    """Hide the loading report of transformers; what matters in it is said in one line of our own."""
+def quiet_transformers() -> Iterator[None]:
+    """Hide the reports and bars of transformers when it loads and saves; what matters is said in a line of our own."""
+    import transformers
+
     before = transformers.utils.logging.get_verbosity()
     bars = transformers.utils.logging.is_progress_bar_enabled()
     transformers.utils.logging.set_verbosity_error()

@@ -1,6 +1,9 @@
 """Whole trainings: the loss they minimise, what they measure, and what they leave behind."""
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -115,12 +118,12 @@ class Notes(fs.Regularizer):
             yield Applied()
 
 
-def first_gradients(model, batch_size, *others, **settings):
-    """The gradients of 8 examples, as many at once as the batch size says."""
+def first_gradients(model, batch_size, *others, total=8, **settings):
+    """The gradients of 8 examples, as many at once as the batch size says, and ``total`` of them on every rank."""
     notes = Notes()
     finetune(
         model, method=Composed((notes, *others)), train_size=8, max_steps=1, batch_size=batch_size,
-        accumulate=8 // batch_size, progress=False, **settings,
+        accumulate=total // batch_size, progress=False, **settings,
     )  # fmt: skip
     return notes.gradients
 
@@ -128,6 +131,38 @@ def first_gradients(model, batch_size, *others, **settings):
 def relative_difference(one, other):
     largest = max(float(gradient.abs().max()) for gradient in one.values())
     return max(float((one[name] - other[name]).abs().max()) for name in one) / largest
+
+
+RANKS = """
+import sys
+import torch
+from fisherscope import distributed
+import test_finetune
+with distributed.started("cpu"):
+    total = 8 // distributed.world_size()
+    gradients = test_finetune.first_gradients(sys.argv[1], 4, total=total, task=test_finetune.TASK)
+    if distributed.is_first():
+        torch.save(gradients, sys.argv[2])
+"""
+
+
+def test_two_ranks_give_the_gradients_of_one(without_dropout, tmp_path):
+    """2 ranks with 4 examples each, and one with twice 4."""
+    found = []
+    for ranks in (1, 2):
+        words = (
+            [] if ranks == 1 else ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=29517"]
+        )
+        script, out = tmp_path / "ranks.py", tmp_path / f"{ranks}.pt"
+        script.write_text(RANKS)
+        here = Path(__file__).parent
+        paths = os.pathsep.join([str(here.parent), str(here)])
+        environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            [sys.executable, *words, str(script), str(without_dropout / "bert"), str(out)], env=environment, check=True
+        )
+        found.append(torch.load(out))
+    assert relative_difference(*found) < 1e-5
 
 
 class PullsToZero(fs.Regularizer):

@@ -36,8 +36,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="scores, a mask, a landscape, the folder of a fine-tuning run, or the .part of a run in progress; two scores "
-        "or two masks are compared",
+        help="scores, a mask, a landscape, the folder of a fine-tuning run, or the .part of a run in progress; two "
+        "scores or two masks are compared",
     )
     parser.add_argument("--by", choices=("layer", "parameter"), default="layer", help="rows of the table")
     parser.add_argument("--fraction", type=float, default=0.1, help="of the masks that scores are compared by")

@@ -10,8 +10,8 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from .. import distributed, storage
+from .._progress import progress_bar
 from ..data import TASKS, Batches, Source, load_batches, read_source, read_task
 from ..data.corruption import IGNORED
 from ..data.sources import LABELLED_OBJECTIVES, with_class_order
 from ..masks import Mask
-from ..models import describe, load_model, measuring, saved_classes, saved_objective
+from ..models import describe, load_model, measuring, quiet_transformers, saved_classes, saved_objective
 from ..objectives import predict
 from ..scores import FisherScores
 from . import methods  # noqa: F401  registers them
@@ -234,8 +235,12 @@ def finetune(
         forgetting=measure_forgetting,
     )
     _check_method(plan.method, plan.settings)
-    with _folder(out, plan, resume) as folder:
-        return _run_all(plan, [int(seed) for seed in seeds], folder, save_model, progress)
+    folder = None if out is None else Path(out)
+    if folder is not None:
+        problem = _begin(folder, plan.resolved(), resume) if distributed.is_first() else None
+        if problem := distributed.first_says(problem):
+            raise problem
+    return _run_all(plan, [int(seed) for seed in seeds], folder, save_model, progress)
 
 
 def _data_of(
@@ -291,38 +296,37 @@ def _regularizer(plan: Plan, run: Run) -> Regularizer:
     return parts[0] if len(parts) == 1 else Composed(tuple(parts))
 
 
-@contextlib.contextmanager
-def _folder(out: str | Path | None, plan: Plan, resume: bool) -> Iterator[Path | None]:
-    """The folder of the run, with the plan in it; the same plan if there was one already."""
-    if out is None:
-        yield None
-        return
-    folder = Path(out)
-    config, results = folder / "config.yaml", folder / "results.json"
-    if results.exists():
-        if not resume:
-            raise FileExistsError(f"{folder} holds results; give resume to read them, or another folder.")
-    elif config.exists() and not resume:
-        raise FileExistsError(f"{folder} holds an unfinished run; give resume to go on with it, or another folder.")
-    settings = plan.resolved()
+def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> Exception | None:
+    """Put the settings into the folder of a run, where the same ones may stand already; else what is wrong."""
+    config = folder / "config.yaml"
+    if (folder / "results.json").exists() and not resume:
+        return FileExistsError(f"{folder} holds results; give resume to read them, or another folder.")
+    if config.exists() and not resume:
+        return FileExistsError(f"{folder} holds an unfinished run; give resume to go on with it, or another folder.")
     if config.exists():
         before = yaml.safe_load(config.read_text(encoding="utf-8"))
         if found := storage.difference(before, settings):
-            raise ValueError(
+            return ValueError(
                 f"{folder} was begun with another setting: {found}; give the same ones, or another folder."
             )
-    elif distributed.is_first():
-        with storage.atomic(config) as temporary:
-            temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    yield folder
+        return None
+    with storage.atomic(config) as temporary:
+        temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    return None
+
+
+def _found(folder: Path) -> Results | None:
+    """What earlier calls left: all seeds, or some of them."""
+    try:
+        return Results.load(folder)
+    except FileNotFoundError:
+        return None
 
 
 def _run_all(plan: Plan, seeds: Sequence[int], folder: Path | None, save_model: bool, progress: bool) -> Results:
-    unfinished = None if folder is None else storage.part_path(folder / "results.json")
-    if folder is not None and (folder / "results.json").exists():
-        return Results.load(folder)
-    done = Results.load(unfinished) if unfinished is not None and unfinished.exists() else None
-    results = done or Results(plan.name, plan.method_name, plan.metric, plan.resolved(), [])
+    results = Results(plan.name, plan.method_name, plan.metric, plan.resolved(), [])
+    if folder is not None:
+        results = distributed.first_says(_found(folder) if distributed.is_first() else None) or results
     for seed in seeds:
         if seed in [run.seed for run in results.runs]:
             continue
@@ -331,20 +335,14 @@ def _run_all(plan: Plan, seeds: Sequence[int], folder: Path | None, save_model: 
             result, fingerprints, predictions = _train(
                 plan, seed, Path(place), folder is not None, save_model, progress
             )
-        results = Results(
-            plan.name,
-            plan.method_name,
-            plan.metric,
-            plan.resolved(),
-            [*results.runs, result],
-            fingerprints,
-            storage.provenance(device=_device_name(plan.device)),
-        )
-        if folder is not None and unfinished is not None and distributed.is_first():
+        facts = storage.provenance(device=_device_name(plan.device))
+        results = replace(results, runs=[*results.runs, result], fingerprints=fingerprints, provenance=facts)
+        if folder is not None and distributed.is_first():
             _append_predictions(folder / "predictions.jsonl", seed, predictions)
-            results.save(unfinished)
+            results.save(storage.part_path(folder / "results.json"))
             shutil.rmtree(folder / f"seed-{seed}", ignore_errors=True)
-    if folder is not None and unfinished is not None and distributed.is_first():
+    unfinished = None if folder is None else storage.part_path(folder / "results.json")
+    if folder is not None and unfinished is not None and unfinished.exists() and distributed.is_first():
         with storage.atomic(folder / "run.json") as temporary:
             temporary.write_text(json.dumps(results.provenance, indent=1), encoding="utf-8")
         unfinished.replace(folder / "results.json")
@@ -460,11 +458,12 @@ def _trainer(
         save_strategy="no",
         save_total_limit=2,
         report_to="none",
-        disable_tqdm=not (progress and distributed.is_first()),
+        disable_tqdm=True,
         remove_unused_columns=False,
         ddp_find_unused_parameters=True if distributed.world_size() > 1 else None,
     )
-    watch = _Watch(model, validation, plan.objective, recipe.steps_per_epoch(train.num_examples), keep)
+    shown = progress and distributed.is_first()
+    watch = _Watch(model, validation, plan.objective, recipe.steps_per_epoch(train.num_examples), keep, shown)
     trainer = _Trainer(
         model,
         arguments,
@@ -519,17 +518,34 @@ class _Trainer(Trainer):
 
 
 class _Watch(TrainerCallback):
-    """Measures after every epoch, times the steps, and saves now and then."""
+    """Measures after every epoch, times the steps, shows how far it is, and saves now and then."""
 
     trainer: Trainer
 
     def __init__(
-        self, model: nn.Module, validation: Batches | None, objective: str, steps_per_epoch: int, keep: bool
+        self,
+        model: nn.Module,
+        validation: Batches | None,
+        objective: str,
+        steps_per_epoch: int,
+        keep: bool,
+        shown: bool,
     ) -> None:
         self.model, self.validation, self.objective = model, validation, objective
-        self.steps_per_epoch, self.keep = steps_per_epoch, keep
+        self.steps_per_epoch, self.keep, self.shown = steps_per_epoch, keep, shown
         self.seconds: list[float] = []
         self._began, self._saved = 0.0, time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        done = state.global_step
+        self._bar = progress_bar(state.max_steps, "training", "step", done=done, shown=self.shown)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
+        if "loss" in logs:
+            self._bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._bar.close()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._began = time.perf_counter()
@@ -538,6 +554,7 @@ class _Watch(TrainerCallback):
         if self.model.device.type == "cuda":  # pyright: ignore[reportAttributeAccessIssue]
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._began)
+        self._bar.update()
         last = state.global_step == state.max_steps
         if self.validation is not None and (state.global_step % self.steps_per_epoch == 0 or last):
             rows = _predicted(self.model, self.validation, self.objective)
@@ -619,8 +636,9 @@ def _device_name(device: str | None) -> str:
 def _save_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
+    with quiet_transformers():
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
     for file in temporary.iterdir():
         storage.readable(file)
     shutil.rmtree(folder, ignore_errors=True)
