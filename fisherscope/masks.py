@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
+import h5py
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -149,6 +150,8 @@ class Mask(Mapping[str, Tensor]):
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.")
+        if h5py.is_hdf5(path):
+            raise storage.WrongFile(f"{path} holds no mask; make one from scores with 'fisherscope mask'.")
         try:
             with safe_open(path, framework="pt") as file:
                 header = dict(json.loads((file.metadata() or {}).get("fisherscope", "{}")))

@@ -10,7 +10,7 @@ A run that is there already is not run again, so the script goes on where it was
 import argparse
 import logging
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -23,16 +23,17 @@ from fisherscope.finetune import Results
 logger = logging.getLogger("compare")
 
 
-def run(args: argparse.Namespace, task: str, method: str) -> Results:
-    folder = args.out / task.removeprefix("builtin:") / method
-    settings = yaml.safe_load(args.settings.read_text()) if args.settings else {}
+def run(args: argparse.Namespace, task: str, arm: str) -> Results:
+    folder = args.out / task.removeprefix("builtin:") / arm
+    settings = (yaml.safe_load(args.settings.read_text()) if args.settings else {}).get(arm, {})
+    method = settings.pop("method", arm)
     scores = fs.FisherScores.load(args.scores) if args.scores and "guided" in method else None
     return fs.finetune(
         args.model,
         task=task,
         data_dir=None if task.startswith("builtin:") else args.data_dir,
         method=method,
-        settings=settings.get(method, {}),
+        settings=settings,
         scores=scores,
         seeds=range(args.seeds),
         train_size=args.train_size,
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace, task: str, method: str) -> Results:
     )
 
 
-def row(results: Results, vanilla: Results) -> list[str]:
+def row(arm: str, results: Results, vanilla: Results) -> list[str]:
     """Mean and spread, the paired difference to vanilla with its 95 % t interval, failed runs, and time of a step."""
     values = results.values()
     mean, spread = statistics.mean(values.values()), statistics.stdev(values.values())
@@ -53,7 +54,7 @@ def row(results: Results, vanilla: Results) -> list[str]:
         a.seconds_per_step / b.seconds_per_step for a, b in zip(results.runs, vanilla.runs, strict=True)
     )
     failed = sum(run.constant or run.status != "finished" for run in results.runs)
-    cells = [results.method, f"{mean:.3f} ± {spread:.3f}", difference(values, vanilla.values()), str(failed)]
+    cells = [arm, f"{mean:.3f} ± {spread:.3f}", difference(values, vanilla.values()), str(failed)]
     return [*cells, f"{time:.2f}"]
 
 
@@ -66,10 +67,10 @@ def difference(values: Mapping[int, float], reference: Mapping[int, float]) -> s
     return f"{mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]"
 
 
-def table(results: Sequence[Results]) -> str:
-    vanilla = results[0]
+def table(results: Mapping[str, Results]) -> str:
+    vanilla = results["vanilla"]
     heads = ["method", f"{vanilla.metric}, mean ± std", "minus vanilla [95 % interval]", "failed", "time per step"]
-    lines = [heads, ["---"] * len(heads), *(row(r, vanilla) for r in results)]
+    lines = [heads, ["---"] * len(heads), *(row(arm, r, vanilla) for arm, r in results.items())]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -93,8 +94,8 @@ def main() -> None:
     parser.add_argument("--model", default="builtin:bert")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, required=True)
     parser.add_argument("--data-dir", type=Path, help="with the files of tasks that are not built in")
-    parser.add_argument("--methods", nargs="+", required=True, help="the first is vanilla")
-    parser.add_argument("--settings", type=Path, help="YAML: method to its settings")
+    parser.add_argument("--methods", nargs="+", required=True, help="vanilla and others")
+    parser.add_argument("--settings", type=Path, help="YAML: method, or a name for a 'method', to its settings")
     parser.add_argument("--scores", type=Path, help="for guided dropout; default: estimated on the training examples")
     parser.add_argument("--train-size", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=6)
@@ -104,10 +105,10 @@ def main() -> None:
     args = parser.parse_args()
     tables = {}
     for task in args.tasks:
-        results = []
-        for method in args.methods:
-            results.append(run(args, task, method))
-            logger.info("%s", results[-1])
+        results: dict[str, Results] = {}
+        for arm in args.methods:
+            results[arm] = run(args, task, arm)
+            logger.info("%s", results[arm])
             tables[task] = table(results)
             write(args, tables)
 

@@ -85,22 +85,28 @@ def _add_method_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _flag(setting: str, uses: dict[str, inspect.Parameter]) -> dict[str, Any]:
-    text = _documented(METHODS[next(iter(uses))], setting)
-    defaults = ", ".join(f"{m} ({p.default})" if p.default is not p.empty else m for m, p in uses.items())
     kinds = [p.annotation for p in uses.values()]
-    facts: dict[str, Any] = {"help": f"{text}; for {defaults}".replace("%", "%%"), "default": None}
+    facts: dict[str, Any] = {"help": _help(setting, uses).replace("%", "%%"), "default": None}
     if all(get_origin(kind) is Literal for kind in kinds):
         return {**facts, "choices": tuple(dict.fromkeys(value for kind in kinds for value in get_args(kind)))}
-    if kinds[0] is bool:
-        return {**facts, "action": argparse.BooleanOptionalAction}
     return {**facts, "type": next((kind for kind in (int, float) if kinds[0] is kind), str)}
 
 
+def _help(setting: str, uses: dict[str, inspect.Parameter]) -> str:
+    """What every method says of the setting; methods that say the same share it."""
+    by_text: dict[str, list[str]] = {}
+    for name, parameter in uses.items():
+        default = "required" if parameter.default is parameter.empty else f"default: {parameter.default}"
+        by_text.setdefault(_documented(METHODS[name], setting), []).append(f"{name} ({default})")
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in by_text.items())
+
+
 def _documented(method: type[Regularizer], setting: str) -> str:
-    """What the class's docstring, or that of its ``for_run``, says of a setting, in one line."""
+    """What the docstring of the class, or of its ``for_run``, says of a setting, without the last full stop."""
     for text in (method.__doc__, method.for_run.__doc__):
-        if match := re.search(rf"^\s+{setting}: (.+?)(?:\.\s|\.?$)", text or "", re.MULTILINE):
-            return match[1][0].lower() + match[1][1:]
+        if match := re.search(rf"^( +){setting}: (.+(?:\n\1 +.+)*)", text or "", re.MULTILINE):
+            words = " ".join(match[2].split()).removesuffix(".")
+            return words[0].lower() + words[1:]
     return setting.replace("_", " ")
 
 

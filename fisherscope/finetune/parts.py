@@ -198,7 +198,9 @@ def reparametrized(model: nn.Module, functions: Mapping[str, Callable[[nn.Parame
 def _forward_with(module: nn.Module, changed: Mapping[str, Callable[[nn.Parameter], Tensor]]) -> Iterator[None]:
     inner = module.forward
     if twice := sorted(set(getattr(inner, "reparametrized", ())) & set(changed)):
-        raise ValueError(f"'{twice[0]}' of a {type(module).__name__} is changed by two methods; take one of them.")
+        raise ValueError(
+            f"Two methods compute with a changed '{twice[0]}' of the same {type(module).__name__}; take one of them."
+        )
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:

@@ -32,6 +32,7 @@ class Run:
         mask: What the user gave.
         settings: Of the training: ``batch_size``, ``learning_rate``, ``weight_decay``, ``max_grad_norm``.
         strict: Refuse scores and masks that were made from other weights.
+        supplied: What was asked for so far.
     """
 
     model: "PreTrainedModel"
@@ -43,6 +44,7 @@ class Run:
     mask: Mask | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     strict: bool = False
+    supplied: set[str] = field(default_factory=set)
 
     def supply(self, name: str) -> Any:
         """What a regularizer's field of this name gets.
@@ -50,6 +52,7 @@ class Run:
         Raises:
             ValueError: If it is a mask and there is none, or what the user gave does not fit the model.
         """
+        self.supplied.add(name)
         if name == "scores":
             return self.estimated() if self.scores is None else self._fitting(self.scores)
         if name == "mask":
@@ -71,7 +74,10 @@ class Run:
         prefix = origin.get("prefix", backbone_prefix(self.model))
         what = "mask" if isinstance(found, Mask) else "scores"
         if difference := find_difference(found, prefix, self.model):
-            raise ValueError(f"The {what} do not fit this model: {difference}.".replace("mask do", "mask does"))
+            raise ValueError(
+                f"The {what} cannot be used for this model, where {difference.replace('it has', 'there is')}; take one "
+                "of the same architecture."
+            )
         own = describe(self.model)
         if origin.get("backbone_fingerprint", own["backbone_fingerprint"]) != own["backbone_fingerprint"]:
             verb = "was" if what == "mask" else "were"

@@ -1,6 +1,7 @@
 """Fine-tuning under the Trainer of Hugging Face, with the losses of fisherscope and any regularizer."""
 
 import contextlib
+import difflib
 import json
 import logging
 import math
@@ -235,12 +236,19 @@ def finetune(
         forgetting=measure_forgetting,
     )
     _check_method(plan.method, plan.settings)
+    if not seeds:
+        raise ValueError("Fine-tuning needs at least one seed, but there is none.")
     folder = None if out is None else Path(out)
     if folder is not None:
         problem = _begin(folder, plan.resolved(), resume) if distributed.is_first() else None
         if problem := distributed.first_says(problem):
             raise problem
-    return _run_all(plan, [int(seed) for seed in seeds], folder, save_model, progress)
+    try:
+        return _run_all(plan, [int(seed) for seed in seeds], folder, save_model, progress)
+    except Exception:
+        if folder is not None and distributed.is_first():
+            _leave(folder)
+        raise
 
 
 def _data_of(
@@ -280,10 +288,14 @@ def _check_method(method: str | Regularizer, settings: Mapping[str, Any]) -> Non
     names = method.split("+")
     for name in names:
         if name not in METHODS:
-            raise ValueError(f"The method must be one of {', '.join(sorted(METHODS))}; got {name!r}.")
-    known = {setting for name in names for setting in METHODS[name].settings()}
-    if unknown := sorted(set(settings) - known):
+            close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
+            hint = f", did you mean {close[0]!r}?" if close else "."
+            raise ValueError(f"The method must be one of {', '.join(sorted(METHODS))}; got {name!r}{hint}")
+    known = {setting: parameter for name in names for setting, parameter in METHODS[name].settings().items()}
+    if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(sorted(known)) or 'none'}.")
+    if missing := [name for name, p in known.items() if p.default is p.empty and name not in settings]:
+        raise ValueError(f"{method} needs the setting {missing[0]!r}; give it a value.")
 
 
 def _regularizer(plan: Plan, run: Run) -> Regularizer:
@@ -293,6 +305,9 @@ def _regularizer(plan: Plan, run: Run) -> Regularizer:
     for name in plan.method.split("+"):
         known = METHODS[name].settings()
         parts.append(METHODS[name].for_run(run, **{k: v for k, v in plan.settings.items() if k in known}))
+    for given, value in (("scores", plan.scores), ("mask", plan.mask)):
+        if value is not None and given not in run.supplied:
+            raise ValueError(f"{plan.method} has no use for {given} here; leave {given} out.")
     return parts[0] if len(parts) == 1 else Composed(tuple(parts))
 
 
@@ -300,9 +315,11 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> Exception | 
     """Put the settings into the folder of a run, where the same ones may stand already; else what is wrong."""
     config = folder / "config.yaml"
     if (folder / "results.json").exists() and not resume:
-        return FileExistsError(f"{folder} holds results; give resume to read them, or another folder.")
+        return FileExistsError(f"{folder} holds results; give resume=True (--resume) to read them, or another folder.")
     if config.exists() and not resume:
-        return FileExistsError(f"{folder} holds an unfinished run; give resume to go on with it, or another folder.")
+        return FileExistsError(
+            f"{folder} holds an unfinished run; give resume=True (--resume) to go on with it, or another folder."
+        )
     if config.exists():
         before = yaml.safe_load(config.read_text(encoding="utf-8"))
         if found := storage.difference(before, settings):
@@ -313,6 +330,12 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> Exception | 
     with storage.atomic(config) as temporary:
         temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     return None
+
+
+def _leave(folder: Path) -> None:
+    """Take the settings away again if nothing was done under them, so that other ones can be tried."""
+    if {file.name for file in folder.iterdir()} == {"config.yaml"}:
+        shutil.rmtree(folder)
 
 
 def _found(folder: Path) -> Results | None:

@@ -93,11 +93,11 @@ class FishMask(Regularizer):
         """
         if num_samples < 1:
             raise ValueError(f"num_samples must be at least 1, got {num_samples}.")
-        if run.scores is not None:
-            return cls(run.supply("scores"), **settings)
         estimators: dict[str, Any] = {"squared": "empirical", "absolute": "absolute-gradient"}
         if variant not in estimators:
             raise ValueError(f"variant must be 'squared' or 'absolute', got {variant!r}.")
+        if run.scores is not None:
+            return cls(run.supply("scores"), **settings)
         few = replace(run, batches=_drawn(run.batches, num_samples, run.seed))
         return cls(few.estimated(estimator=estimators[variant]), **settings)
 
