@@ -47,15 +47,11 @@ def run(args: argparse.Namespace, task: str, arm: str) -> Results:
 
 
 def row(arm: str, results: Results, vanilla: Results) -> list[str]:
-    """Mean and spread, the paired difference to vanilla with its 95 % t interval, failed runs, and time of a step."""
+    """Mean and spread, the paired difference to vanilla with its 95 % t interval, and failed runs."""
     values = results.values()
     mean, spread = statistics.mean(values.values()), statistics.stdev(values.values())
-    time = statistics.median(
-        a.seconds_per_step / b.seconds_per_step for a, b in zip(results.runs, vanilla.runs, strict=True)
-    )
     failed = sum(run.constant or run.status != "finished" for run in results.runs)
-    cells = [arm, f"{mean:.3f} ± {spread:.3f}", difference(values, vanilla.values()), str(failed)]
-    return [*cells, f"{time:.2f}"]
+    return [arm, f"{mean:.3f} ± {spread:.3f}", difference(values, vanilla.values()), str(failed)]
 
 
 def difference(values: Mapping[int, float], reference: Mapping[int, float]) -> str:
@@ -69,7 +65,7 @@ def difference(values: Mapping[int, float], reference: Mapping[int, float]) -> s
 
 def table(results: Mapping[str, Results]) -> str:
     vanilla = results["vanilla"]
-    heads = ["method", f"{vanilla.metric}, mean ± std", "minus vanilla [95 % interval]", "failed", "time per step"]
+    heads = ["method", f"{vanilla.metric}, mean ± std", "minus vanilla [95 % interval]", "failed"]
     lines = [heads, ["---"] * len(heads), *(row(arm, r, vanilla) for arm, r in results.items())]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
@@ -79,8 +75,8 @@ def write(args: argparse.Namespace, tables: Mapping[str, str]) -> None:
         f"# Methods of fine-tuning: {args.model.rpartition('/')[2]}, {args.train_size} training examples",
         f"After the last of {args.epochs:g} epochs, learning rate {args.learning_rate:g}, {args.seeds} seeds (head, "
         "order of the examples, dropout), one subset of the training examples. Std with ddof 1; the interval is that "
-        "of the paired t test over seeds, not corrected for the number of methods; the median time of a step is "
-        "relative to vanilla's. A run failed if it gives one prediction for all examples.",
+        "of the paired t test over seeds, not corrected for the number of methods. A run failed if it gives one "
+        "prediction for all examples. Times of a step are in `benchmarks/results`.",
     ]
     for task, lines in tables.items():
         text += [f"## {task}", lines]
