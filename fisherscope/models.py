@@ -51,7 +51,8 @@ def load_model(
     """Load a language model and its tokenizer, ready to be measured: float32 weights, eval mode.
 
     Args:
-        name: A name on the Hugging Face Hub, a local folder, or ``builtin:bert`` or ``builtin:gpt2``.
+        name: A name on the Hugging Face Hub, a local folder, or ``builtin:bert``, ``builtin:gpt2`` or
+            ``builtin:t5``.
         objective: ``"mlm"``, ``"causal-lm"``, ``"seq2seq-lm"``, ``"classification"`` or ``"regression"``; None takes
             the head the checkpoint was saved with.
         num_labels: Number of classes of a classification head; None keeps the checkpoint's.

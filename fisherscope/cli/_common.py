@@ -20,7 +20,7 @@ def add_model_and_data_flags(
 ) -> None:
     """The keywords of ``load_model`` and ``load_batches``; with ``may_choose``, the batch size may be ``auto``."""
     model = parser.add_argument_group("model")
-    model.add_argument("--model", required=True, help="Hub name, local folder, or builtin:bert, builtin:gpt2")
+    model.add_argument("--model", required=True, help="Hub name, local folder, or builtin:bert|gpt2|t5")
     model.add_argument("--objective", choices=OBJECTIVES, help="default: that of the checkpoint's head")
     model.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     model.add_argument("--device", help="for example cuda:1; default: CUDA where there is one")

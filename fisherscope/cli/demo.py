@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ._common import add_general_flags
 
-MODELS = ("builtin:bert", "builtin:gpt2")  # surfaces are drawn of the first
+MODELS = ("builtin:bert", "builtin:gpt2", "builtin:t5")  # surfaces are drawn of the first
 MASKS = ("top", "bottom", "random")
 SORTED = {
     "sorted_entries": ["--kind", "sorted"],

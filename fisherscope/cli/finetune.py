@@ -19,7 +19,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     from ..finetune import methods  # noqa: F401  registers them, which takes torch
 
     what = parser.add_argument_group("model and task")
-    what.add_argument("--model", required=True, help="Hub name, local folder, or builtin:bert, builtin:gpt2")
+    what.add_argument("--model", required=True, help="Hub name, local folder, or builtin:bert|gpt2|t5")
     origin = what.add_mutually_exclusive_group(required=True)
     origin.add_argument("--task", choices=TASKS, metavar="NAME", help=", ".join(TASKS))
     origin.add_argument("--data", help="instead of --task: text to train on, as for the other commands")
