@@ -96,9 +96,14 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.eval().to(device)
     revision = getattr(config, "_commit_hash", None) or revision
-    shown = str(name) if str(name).startswith("builtin:") or not Path(path).is_dir() else Path(path).resolve().name
-    _loaded[model] = {"name": shown, "revision": revision, "new_parameters": new, "seed": seed if new else None}
+    _loaded[model] = {"name": shown_name(name), "revision": revision, "new_parameters": new, "seed": seed if new else None}
     return model, tokenizer
+
+
+def shown_name(name: str | Path) -> str:
+    """What files say of a model or data: a name, of local files without where they are."""
+    folder = Path(name).expanduser()
+    return folder.resolve().name if folder.exists() else str(name)
 
 
 def _auto_class(config: Any, objective: str, name: str) -> Any:

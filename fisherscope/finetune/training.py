@@ -29,7 +29,7 @@ from ..data import TASKS, Batches, Source, load_batches, read_source, read_task
 from ..data.corruption import IGNORED
 from ..data.sources import LABELLED_OBJECTIVES, with_class_order
 from ..masks import Mask
-from ..models import describe, load_model, measuring, quiet_transformers, saved_classes, saved_objective
+from ..models import describe, load_model, measuring, quiet_transformers, saved_classes, saved_objective, shown_name
 from ..objectives import predict
 from ..scores import FisherScores
 from . import methods  # noqa: F401  registers them
@@ -132,7 +132,7 @@ class Plan:
     def resolved(self) -> dict[str, Any]:
         """Plain values for ``config.yaml`` and ``results.json``."""
         return {
-            "model": self.model,
+            "model": shown_name(self.model),
             "revision": self.revision,
             "task": self.name,
             "objective": self.objective,
@@ -144,7 +144,7 @@ class Plan:
             "settings": dict(self.settings),
             "scores": self.scores and self.scores.provenance.get("data", {}),
             "mask": self.mask and self.mask.provenance.get("rule"),
-            "measure_forgetting": self.forgetting,
+            "measure_forgetting": self.forgetting and shown_name(self.forgetting),
         }
 
 
