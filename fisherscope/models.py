@@ -96,7 +96,12 @@ def load_model(
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.eval().to(device)
     revision = getattr(config, "_commit_hash", None) or revision
-    _loaded[model] = {"name": shown_name(name), "revision": revision, "new_parameters": new, "seed": seed if new else None}
+    _loaded[model] = {
+        "name": shown_name(name),
+        "revision": revision,
+        "new_parameters": new,
+        "seed": seed if new else None,
+    }
     return model, tokenizer
 
 

@@ -99,6 +99,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-5)
     parser.add_argument("--max-length", type=int)
     args = parser.parse_args()
+    if args.methods[0] != "vanilla" or args.seeds < 2:
+        parser.error("the first method must be vanilla, which the others are compared with, and seeds at least 2")
     tables = {}
     for task in args.tasks:
         results: dict[str, Results] = {}

@@ -14,7 +14,7 @@ from conftest import kill_when
 
 import fisherscope as fs
 from fisherscope import storage
-from fisherscope.finetune import Applied, Composed, Results, finetune, training
+from fisherscope.finetune import Applied, Composed, Results, finetune, plan, trainer
 from fisherscope.finetune.callback import STATE_FILE
 from fisherscope.finetune.parts import before_steps
 from fisherscope.models import backbone_prefix, dropout_sites
@@ -28,7 +28,7 @@ QUICK = {"task": TASK, "train_size": 24, "batch_size": 8, "learning_rate": 1e-3,
 def small_validation():
     """A validation split of 40 examples, to be quick."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "read_task", _small_task)
+        patch.setattr(plan, "read_task", _small_task)
         yield
 
 
@@ -282,9 +282,8 @@ SCRIPT = """
 import sys
 import fisherscope as fs
 import test_finetune
-from fisherscope.finetune import finetune, training
-training.read_task = test_finetune._small_task
-training.SECONDS_BETWEEN_CHECKPOINTS = 0.0
+test_finetune.plan.read_task = test_finetune._small_task
+test_finetune.trainer.SECONDS_BETWEEN_CHECKPOINTS = 0.0
 test_finetune.interrupted(sys.argv[1], sys.argv[2])
 """
 
@@ -352,12 +351,67 @@ def test_an_exception_takes_the_regularizer_off(monkeypatch):
         ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
         ({"warmup": 1.0}, "warmup is a share of the steps"),
         ({"save_model": True}, "save_model needs out"),
+        ({"seeds": []}, "at least one seed"),
+        ({"objective": "mlm"}, "objective goes with data only"),
+        ({"validation_data": "x.txt"}, "validation_data goes with data only"),
+        ({"method": "top-k-layers"}, "top-k-layers needs the setting 'layers'"),
         ({"method": "fixed-mask", "settings": {"fraction": 2.0}}, "fraction must be between 0 and 1"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments, match):
     with pytest.raises(ValueError, match=match):
         finetune("builtin:bert", **(QUICK | arguments))
+
+
+def test_every_logged_step_has_its_loss():
+    """Also where an epoch ends, which Trainer's own logging would leave out."""
+    results = finetune("builtin:bert", **QUICK, epochs=2)
+    assert [row["step"] for row in results.runs[0].losses] == [1, 2, 3, 4, 5, 6]
+
+
+def test_files_with_other_classes_mean_the_same_by_them(tmp_path):
+    """The validation file lacks a class, so that it numbers the others differently on its own."""
+    rows = {"apple": "this is red", "banana": "that was yellow", "cherry": "we are dark"}
+    for name, classes in (("train", list(rows)), ("validation", ["banana", "cherry"])):
+        lines = [f"{rows[label]}\t{label}" for label in classes * 12]
+        (tmp_path / f"{name}.tsv").write_text("\n".join(["text\tlabel", *lines]))
+    results = finetune(
+        "builtin:bert", data=tmp_path / "train.tsv", validation_data=tmp_path / "validation.tsv",
+        objective="classification", max_steps=12, learning_rate=2e-3, progress=False,
+    )  # fmt: skip
+    assert results.runs[0].value("accuracy") == 1.0
+
+
+def test_another_run_is_not_taken_for_this_one(tmp_path):
+    """The settings of a method, its defaults too, and what masks hold are part of the run."""
+    model, _ = fs.load_model("builtin:bert")
+    masks = [fs.random_fraction(model, 0.1, seed=seed) for seed in (0, 0, 1)]
+    masks[2] = fs.Mask(masks[2].tensors, masks[0].provenance)  # says the same of itself
+    settings = QUICK | {"max_steps": 1, "method": "fixed-mask", "out": tmp_path / "run"}
+    finetune("builtin:bert", **settings, mask=masks[0])
+    finetune("builtin:bert", **settings, mask=masks[1], resume=True)
+    with pytest.raises(ValueError, match="begun with another setting: mask"):
+        finetune("builtin:bert", **settings, mask=masks[2], resume=True)
+
+
+def test_more_seeds_later(tmp_path):
+    """A finished run goes on with further seeds; the ones that are there are kept."""
+    first = finetune("builtin:bert", **QUICK, max_steps=2, seeds=[0], out=tmp_path / "run")
+    both = finetune("builtin:bert", **QUICK, max_steps=2, seeds=[0, 1], out=tmp_path / "run", resume=True)
+    assert both.runs[0] == first.runs[0]
+    assert [run.seed for run in Results.load(tmp_path / "run").runs] == [0, 1]
+    assert not (tmp_path / "run" / "results.json.part").exists()
+
+
+def test_a_refused_method_leaves_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="keep"):
+        finetune("builtin:bert", **QUICK, method="fish-mask", settings={"num_samples": 8}, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_seeds_in_a_row_share_no_order():
+    """The sampler of epoch e of seed s is seeded with s + e."""
+    assert len({trainer.order_seed(seed) + epoch for seed in range(20) for epoch in range(20)}) == 400
 
 
 def test_a_training_that_diverges_says_so():
@@ -391,6 +445,6 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
     assert main(["finetune", *flags, str(tmp_path / "a"), "--method", "guided-dropout", "--highest", "0.2"]) == 0
     assert "guided-dropout on builtin:acceptability, matthews" in capsys.readouterr().out
     results = Results.load(tmp_path / "a")
-    assert results.settings["settings"] == {"highest": 0.2}
+    assert results.settings["settings"] == {"guided-dropout": {"highest": 0.2, "lowest": 0.0, "by": "rank"}}
     assert main(["finetune", *flags, str(tmp_path / "b"), "--highest", "0.2"]) == 1
     assert "vanilla has no setting 'highest'" in capsys.readouterr().err

@@ -54,8 +54,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
     training = parser.add_argument_group("training")
-    training.add_argument("--seeds", type=int, default=1, help="how many trainings, of seeds 0, 1, …")
-    training.add_argument("--seed", type=int, help="train with this seed alone, instead of --seeds")
+    seeds = training.add_mutually_exclusive_group()
+    seeds.add_argument("--seeds", type=int, default=1, help="how many trainings, of seeds 0, 1, …")
+    seeds.add_argument("--seed", type=int, help="train with this seed alone")
     training.add_argument("--epochs", type=float, default=3.0, help="passes over the training examples")
     training.add_argument("--max-steps", type=int, help="optimizer steps in place of --epochs")
     training.add_argument("--batch-size", type=int, default=16, help="examples at once on every rank")

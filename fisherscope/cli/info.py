@@ -24,7 +24,7 @@ Table = list[dict[str, Any]]
 
 _FORMATS = {"entries": ",", "selected": ",", "density": ".2%", "share": ".2%"}
 _FORMATS |= dict.fromkeys(("mean", "max", "sum", "first_half_mean", "second_half_mean"), ".3e")
-_FORMATS |= dict.fromkeys(("epoch", "seconds_per_step"), ".3g") | {"trained": ","}
+_FORMATS |= dict.fromkeys(("epoch", "seconds_per_step"), ".3g") | {"optimizer_state": ","}
 _FORMATS |= dict.fromkeys(("loss", *METRICS, *(f"best_{name}" for name in ("loss", *METRICS))), ".4f")
 _FORMATS |= dict.fromkeys(("overlap", "chance", "jaccard", "rank_correlation"), ".3f")
 

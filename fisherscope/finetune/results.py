@@ -20,14 +20,13 @@ class SeedResult:
 
     Attributes:
         seed: Of head, data order and dropout.
-        status: ``"finished"``, or ``"diverged"`` if the loss was not finite at the end.
+        status: ``"finished"``, or ``"diverged"`` if the loss or a weight was not finite at the end.
         evaluations: One for every epoch: ``step``, ``epoch``, ``loss`` and the metrics, on the validation examples.
         losses: Training loss in nats (squared units for regression) of every logged step: ``step``, ``loss``.
         constant: Whether all predictions of the last evaluation are the same: the training failed.
         seconds_per_step: Median time of an optimizer step.
-        peak_memory: Bytes: of the GPU's memory, or on a CPU of the process.
+        peak_memory: Bytes: of the GPU's memory in this training, or on a CPU of the process so far.
         optimizer_state: Bytes that the optimizer holds at the end.
-        trained: Number of parameters' entries that had a gradient.
         forgetting: Loss of pretraining ``before`` and ``after``, where it was measured.
     """
 
@@ -39,7 +38,6 @@ class SeedResult:
     seconds_per_step: float
     peak_memory: int
     optimizer_state: int
-    trained: int
     forgetting: Mapping[str, float] | None = None
 
     def value(self, metric: str, which: Which = "last") -> float:
@@ -91,7 +89,7 @@ class Results:
                 **{name: value for name, value in (run.evaluations or [{}])[-1].items() if name != "step"},
                 f"best_{self.metric}": run.value(self.metric, "best") if run.evaluations else None,
                 "seconds_per_step": run.seconds_per_step,
-                "trained": run.trained,
+                "optimizer_state": run.optimizer_state,
             }
             for run in self.runs
         ]

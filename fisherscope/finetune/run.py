@@ -2,10 +2,12 @@
 
 import logging
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .. import distributed, storage
 from ..data import Batches
 from ..fisher import estimate_fisher
 from ..masks import Mask
@@ -32,6 +34,7 @@ class Run:
         mask: What the user gave.
         settings: Of the training: ``batch_size``, ``learning_rate``, ``weight_decay``, ``max_grad_norm``.
         strict: Refuse scores and masks that were made from other weights.
+        folder: Where scores that took their time are kept for a resumed training; None keeps none.
         supplied: What was asked for so far.
     """
 
@@ -44,6 +47,7 @@ class Run:
     mask: Mask | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     strict: bool = False
+    folder: Path | None = None
     supplied: set[str] = field(default_factory=set)
 
     def supply(self, name: str) -> Any:
@@ -63,10 +67,16 @@ class Run:
 
     def estimated(self, **settings: Any) -> FisherScores:
         """Fisher scores of the model on its training examples, for the objective of the task."""
-        logger.info("Estimating Fisher scores on the %d training examples.", self.batches.num_examples)
-        return estimate_fisher(
+        path = self.folder and self.folder / f"scores-{storage.digest(repr(settings), self.batches.fingerprint)}.h5"
+        if path is not None and distributed.first_says(path.exists()):
+            return FisherScores.load(path)
+        logger.info("Estimating Fisher scores on %d training examples.", self.batches.num_examples)
+        scores = estimate_fisher(
             self.model, self.batches, objective=self.objective, seed=self.seed, progress=False, **settings
         )
+        if path is not None and distributed.is_first():
+            scores.save(path)
+        return scores
 
     def _fitting(self, found: Any) -> Any:
         """Scores or a mask under the model's own names, checked once: a resumed training has other weights."""

@@ -1,0 +1,209 @@
+"""What decides a fine-tuning: data, recipe, method."""
+
+import difflib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .. import distributed, storage
+from ..data import TASKS, Source, read_source, read_task
+from ..data.sources import with_class_order
+from ..masks import Mask
+from ..models import saved_classes, saved_objective, shown_name
+from ..scores import FisherScores
+from . import methods  # noqa: F401  registers them
+from .metrics import CLASSIFICATION, REGRESSION
+from .regularizer import METHODS, Composed, Regularizer
+from .run import Run
+
+Precision = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a model is trained: AdamW, a linear schedule after a linear warm-up, gradients clipped to norm 1.
+
+    Attributes:
+        epochs: Passes over the training examples.
+        max_steps: Optimizer steps in place of ``epochs``.
+        batch_size: Examples at once on every rank.
+        accumulate: Batches whose gradients are added up for an optimizer step; changes no gradient.
+        learning_rate: At its highest.
+        weight_decay: Decoupled; of weights, not of biases and norms.
+        warmup: Share of the steps.
+        precision: Of the forward and backward pass; weights are float32.
+    """
+
+    epochs: float = 3.0
+    max_steps: int | None = None
+    batch_size: int = 16
+    accumulate: int = 1
+    learning_rate: float = 2e-5
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    precision: Precision = "float32"
+
+    MAX_GRAD_NORM = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be trained by."""
+        for name in ("batch_size", "accumulate"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("epochs", "learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}.")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of the steps, at least 0 and below 1; got {self.warmup}.")
+
+    def steps_per_epoch(self, num_examples: int) -> int:
+        """Optimizer steps for a pass over the training examples."""
+        batches = math.ceil(num_examples / (self.batch_size * distributed.world_size()))
+        return math.ceil(batches / self.accumulate)
+
+    def total_steps(self, num_examples: int) -> int:
+        """Optimizer steps of the whole training."""
+        return self.max_steps or math.ceil(self.epochs * self.steps_per_epoch(num_examples))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides a training but its seed."""
+
+    model: str
+    revision: str | None
+    device: str | None
+    objective: str
+    name: str  # of the task or data
+    metric: str
+    train: Source
+    validation: Source | None
+    train_size: int | None
+    subset_seed: int
+    max_length: int | None
+    recipe: Recipe
+    method: str | Regularizer
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    scores: FisherScores | None = None
+    mask: Mask | None = None
+    strict: bool = False
+    forgetting: str | None = None
+
+    @property
+    def method_name(self) -> str:
+        """As ``--method`` takes it, or the class of a regularizer of one's own."""
+        if isinstance(self.method, str):
+            return self.method
+        return getattr(self.method, "name", type(self.method).__name__)
+
+    def resolved(self) -> dict[str, Any]:
+        """Plain values for ``config.yaml`` and ``results.json``."""
+        return {
+            "model": shown_name(self.model),
+            "revision": self.revision,
+            "task": self.name,
+            "objective": self.objective,
+            "train_size": self.train_size,
+            "subset_seed": self.subset_seed,
+            "max_length": self.max_length,
+            **asdict(self.recipe),
+            "method": self.method_name,
+            "settings": self._settings(),
+            "data": {"train": self.train.fingerprint, "validation": self.validation and self.validation.fingerprint},
+            "scores": self.scores and _digest(self.scores),
+            "mask": self.mask and _digest(self.mask),
+            "measure_forgetting": self.forgetting and shown_name(self.forgetting),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """Of every method, defaults included; of a regularizer of one's own, its plain fields."""
+        if isinstance(self.method, str):
+            given = {name: METHODS[name].settings() for name in self.method.split("+")}
+            return {m: {n: self.settings.get(n, p.default) for n, p in known.items()} for m, known in given.items()}
+        own = fields(self.method) if is_dataclass(self.method) else ()
+        return {f.name: v for f in own if isinstance(v := getattr(self.method, f.name), (int, float, str, bool))}
+
+    def regularizer(self, run: Run) -> Regularizer:
+        """The regularizer for one of the trainings.
+
+        Raises:
+            ValueError: If scores or a mask were given that it has no use for.
+        """
+        if isinstance(self.method, Regularizer):
+            return self.method
+        parts = []
+        for name in self.method.split("+"):
+            known = METHODS[name].settings()
+            parts.append(METHODS[name].for_run(run, **{k: v for k, v in self.settings.items() if k in known}))
+        for given, value in (("scores", self.scores), ("mask", self.mask)):
+            if value is not None and given not in run.supplied:
+                raise ValueError(f"{self.method} has no use for {given} here; leave {given} out.")
+        return parts[0] if len(parts) == 1 else Composed(tuple(parts))
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    parts = ((name, t.cpu().contiguous().view(torch.uint8).numpy().tobytes()) for name, t in tensors.items())
+    return storage.digest(*itertools.chain.from_iterable(parts))
+
+
+def data_of(
+    model: str,
+    revision: str | None,
+    task: str | None,
+    data: str | Path | None,
+    validation_data: str | Path | None,
+    objective: str | None,
+    data_dir: str | Path | None,
+    text_columns: Sequence[str] | None,
+    label_column: str | None,
+) -> dict[str, Any]:
+    """The fields of a plan that say what is trained on and measured; the arguments are those of ``finetune``."""
+    unfit = {"validation_data": validation_data, "objective": objective, "text_columns": text_columns}
+    unfit = unfit | {"label_column": label_column} if task is not None else {"data_dir": data_dir}
+    if given := next((name for name, value in unfit.items() if value is not None), None):
+        raise ValueError(f"{given} goes with {'data' if task is not None else 'a task'} only; leave it out.")
+    if (task is None) == (data is None):
+        raise ValueError("Fine-tuning needs a task or data, and not both.")
+    if task is not None:
+        train, validation = (read_task(task, split, data_dir=data_dir) for split in ("train", "validation"))
+        objective, metric, name = TASKS[task].objective, TASKS[task].metrics[0], task
+    else:
+        objective = objective or saved_objective(model, revision=revision)
+        columns = {"text_columns": text_columns, "label_column": label_column}
+        sources = [d and read_source(d, objective=objective, **columns) for d in (data, validation_data)]
+        train, validation = sources  # pyright: ignore[reportAssignmentType]
+        defaults = {"classification": CLASSIFICATION[0], "regression": REGRESSION[0]}
+        metric, name = defaults.get(objective, "loss"), train.name
+        if objective == "classification" and validation is not None:  # a file numbers its own classes
+            validation = with_class_order(validation, train.label_names or ())
+    if objective == "classification" and (classes := saved_classes(model, revision=revision)):
+        train = with_class_order(train, classes)
+        validation = validation and with_class_order(validation, classes)
+    return {"objective": objective, "name": name, "metric": metric, "train": train, "validation": validation}
+
+
+def check_method(method: str | Regularizer, settings: Mapping[str, Any]) -> None:
+    """Refuse methods that there are not, settings that they do not have, and those that are missing."""
+    if not isinstance(method, str):
+        if settings:
+            raise ValueError("A regularizer has its settings already; give settings with the name of a method only.")
+        return
+    names = method.split("+")
+    for name in names:
+        if name not in METHODS:
+            close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
+            hint = f", did you mean {close[0]!r}?" if close else "."
+            raise ValueError(f"The method must be one of {', '.join(sorted(METHODS))}; got {name!r}{hint}")
+    known = {setting: parameter for name in names for setting, parameter in METHODS[name].settings().items()}
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(sorted(known)) or 'none'}.")
+    if missing := [name for name, p in known.items() if p.default is p.empty and name not in settings]:
+        raise ValueError(f"{method} needs the setting {missing[0]!r}; give it a value.")

@@ -1,0 +1,223 @@
+"""The Trainer of Hugging Face with the losses of fisherscope, a regularizer, and measurements after every epoch."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from .. import distributed, storage
+from .._progress import progress_bar
+from ..data import Batches
+from ..data.corruption import IGNORED
+from ..data.sources import LABELLED_OBJECTIVES
+from ..models import measuring
+from ..objectives import predict
+from .callback import RegularizerCallback
+from .metrics import metrics_of
+from .plan import Plan, Recipe
+from .regularizer import Regularizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SECONDS_BETWEEN_CHECKPOINTS = 60.0
+
+
+def make_trainer(
+    plan: Plan,
+    seed: int,
+    folder: Path,
+    model: "PreTrainedModel",
+    train: Batches,
+    validation: Batches | None,
+    regularizer: Regularizer,
+    keep: bool,
+    shown: bool,
+) -> "tuple[Trainer, Watch]":
+    """A Trainer that computes our loss, and the callback that measures it.
+
+    Args:
+        plan: Of the run.
+        seed: Of the training.
+        folder: For checkpoints.
+        model: The model.
+        train: Examples.
+        validation: Examples to measure on.
+        regularizer: To apply.
+        keep: Whether to save checkpoints.
+        shown: Whether to show a progress bar.
+    """
+    recipe, total = plan.recipe, plan.recipe.total_steps(train.num_examples)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulate,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        warmup_steps=min(math.ceil(recipe.warmup * total), total - 1),  # the first step of a warm-up moves nothing
+        max_grad_norm=Recipe.MAX_GRAD_NORM,
+        bf16=recipe.precision == "bfloat16",
+        fp16=recipe.precision == "float16",
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        seed=seed,
+        data_seed=order_seed(seed),
+        logging_steps=max(1, total // 50),
+        save_strategy="no",
+        save_total_limit=3,  # one may be half-written, and one without the state of the regularizer
+        logging_nan_inf_filter=False,
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=True if distributed.world_size() > 1 else None,
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several ranks
+    watch = Watch(model, validation, plan.objective, recipe.steps_per_epoch(train.num_examples), keep, shown)
+    trainer = _OurTrainer(
+        model,
+        arguments,
+        train_dataset=_without_unscored(train),  # pyright: ignore[reportArgumentType]
+        data_collator=train.collate,
+        callbacks=[_AppliedWithPenalty(regularizer), watch],
+    )
+    trainer.objective, trainer.regularizer, watch.trainer = plan.objective, regularizer, trainer
+    trainer.model_accepts_loss_kwargs = True  # our loss divides by the number of items of the whole step
+    for quiet in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
+        trainer.remove_callback(quiet)
+    return trainer, watch
+
+
+def order_seed(seed: int) -> int:
+    """Draws the order of the examples: the sampler adds the epoch, so that seeds in a row would share most orders."""
+    return int(storage.digest(f"order of the examples {seed}"), 16) % 2**31
+
+
+def _without_unscored(train: Batches) -> list[dict[str, np.ndarray]]:
+    """The examples, where only scored tokens have a label: Trainer divides by the number of labels."""
+    if train.objective != "causal-lm":
+        return list(train.examples)
+    return [{**e, "labels": np.concatenate([[IGNORED], e["labels"][1:]])} for e in train.examples]
+
+
+class _AppliedWithPenalty(RegularizerCallback):
+    """With a trainer that adds the penalty to the loss."""
+
+    adds_penalty = True
+
+
+class _OurTrainer(Trainer):
+    """The losses of fisherscope: from logits, divided once by the number of items of an optimizer step."""
+
+    objective: str
+    regularizer: Regularizer
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        predictions = predict(model, inputs, self.objective)
+        losses = predictions.losses()
+        total = losses.total.sum()
+        penalty = self.regularizer.penalty(getattr(model, "module", model), inputs, predictions)
+        if penalty is not None:
+            total = total + penalty.sum()
+        count = losses.count.sum() if num_items_in_batch is None else num_items_in_batch
+        loss = total / torch.as_tensor(count).clamp(min=1).to(total.device)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks
+        return (loss, {}) if return_outputs else loss
+
+
+class Watch(TrainerCallback):
+    """Measures after every epoch, times the steps, shows how far it is, and saves now and then."""
+
+    trainer: Trainer
+
+    def __init__(
+        self,
+        model: nn.Module,
+        validation: Batches | None,
+        objective: str,
+        steps_per_epoch: int,
+        keep: bool,
+        shown: bool,
+    ) -> None:
+        self.model, self.validation, self.objective = model, validation, objective
+        self.steps_per_epoch, self.keep, self.shown = steps_per_epoch, keep, shown
+        self.seconds: list[float] = []
+        self.rows: list[dict[str, Any]] = []  # of the last evaluation
+        self._began, self._saved = 0.0, time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Begin the bar."""
+        done = state.global_step
+        self._bar = progress_bar(state.max_steps, "training", "step", done=done, shown=self.shown)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
+        """Show the loss."""
+        if "loss" in logs:
+            self._bar.set_postfix(loss=f"{logs['loss']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """End the bar."""
+        self._bar.close()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock."""
+        self._began = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Stop the clock; measure, and save, if it is time."""
+        if self.model.device.type == "cuda":  # pyright: ignore[reportAttributeAccessIssue]
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._began)
+        self._bar.update()
+        last = state.global_step == state.max_steps
+        if self.validation is not None and (state.global_step % self.steps_per_epoch == 0 or last):
+            self.rows = predicted(self.model, self.validation, self.objective)
+            measured = _measured(self.rows, self.model, self.objective)
+            due = control.should_log
+            self.trainer.log({f"eval_{name}": value for name, value in measured.items()})
+            control.should_log = due  # of the training loss, which logging takes for done
+        waited = time.monotonic() - self._saved > SECONDS_BETWEEN_CHECKPOINTS
+        if self.keep and not last and distributed.first_says(waited):
+            control.should_save, self._saved = True, time.monotonic()
+
+
+def predicted(model: nn.Module, batches: Batches, objective: str) -> list[dict[str, Any]]:
+    """Prediction, label, summed loss and number of scored tokens of every example, in the order of the source."""
+    order = sorted(range(batches.num_examples), key=lambda i: batches.examples[i]["input_ids"].size)
+    rows: list[dict[str, Any]] = [{} for _ in order]
+    with measuring(model), torch.no_grad():
+        for start in range(0, len(order), 4 * batches.batch_size):
+            chosen = order[start : start + 4 * batches.batch_size]
+            predictions = predict(model, batches.collate([batches.examples[i] for i in chosen]), objective)
+            losses = predictions.losses()
+            columns: dict[str, list[Any]] = {"loss": losses.total.tolist(), "count": losses.count.tolist()}
+            if objective in LABELLED_OBJECTIVES:
+                outputs = predictions.outputs[:, 0]
+                found = outputs.argmax(-1) if objective == "classification" else outputs
+                columns |= {"predicted": found.tolist(), "label": predictions.labels[:, 0].tolist()}
+            for row, i in enumerate(chosen):
+                rows[i] = {"example": i, **{name: values[row] for name, values in columns.items()}}
+    return rows
+
+
+def _measured(rows: Sequence[Mapping[str, Any]], model: nn.Module, objective: str) -> dict[str, float]:
+    """Loss per scored token, and the metrics of labelled objectives."""
+    measured = {"loss": sum(r["loss"] for r in rows) / max(sum(r["count"] for r in rows), 1)}
+    if objective in LABELLED_OBJECTIVES:
+        found, labels = (np.array([r[name] for r in rows]) for name in ("predicted", "label"))
+        classes: Any = model.config.num_labels if objective == "classification" else None
+        measured |= metrics_of(found, labels, classes)
+    return measured
