@@ -78,9 +78,10 @@ def draw_curve(record: Path) -> None:
     figure = Figure(figsize=(4.8, 3), layout="constrained", dpi=200)
     axes = figure.subplots()
     late = WHAT[run["objective"]][1] + "s"
+    first = "next tokens" if run["objective"] == "mlm" else "the first three lessons"
     early = run["early_steps"] if EARLY[run["objective"]] else 0
     for label, color, part in (
-        ("training text, next tokens", ORANGE, [r for r in rows if r["step"] <= early]),
+        (f"training text, {first}", ORANGE, [r for r in rows if r["step"] <= early]),
         (f"training text{', ' + late if early else ''}", GRAY, [r for r in rows if r["step"] > early]),
     ):
         if part:
