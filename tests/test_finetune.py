@@ -438,6 +438,25 @@ def test_two_methods_at_once(tmp_path):
     assert not same(tmp_path / "both" / "model-seed-0", tmp_path / "one" / "model-seed-0")
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_scores_of_a_language_model_guide_a_classifier(name, tmp_path, capsys):
+    """From the command line: scores by the model's own head, then a classifier with the same backbone."""
+    from fisherscope.cli import main
+    from fisherscope.finetune.methods.guided_dropout import guided_rates
+
+    model, scores, out = f"builtin:{name}", str(tmp_path / "scores.h5"), tmp_path / "out"
+    data = ["--data", "builtin:docs", "--num-examples", "8", "--max-length", "32"]
+    assert main(["fisher", "--model", model, *data, "--out", scores]) == 0
+    task = ["--task", TASK, "--train-size", "8", "--max-steps", "1", "--max-length", "16", "--strict"]
+    flags = ["--method", "guided-dropout", "--scores", scores, "--out", str(out)]
+    assert main(["finetune", "--model", model, *task, *flags]) == 0
+    assert "guided-dropout on builtin:acceptability" in capsys.readouterr().out
+    classifier, _ = fs.load_model(model, objective="classification", num_labels=2)
+    sites = guided_rates(fs.FisherScores.load(scores), classifier)
+    assert [site.name for site in sites] == [site.name for site in dropout_sites(classifier)]
+    assert min(site.rate for site in sites) == 0.0 and max(site.rate for site in sites) == 0.099
+
+
 def test_the_command_line(tmp_path, capsys, monkeypatch):
     from fisherscope.cli import main
 

@@ -11,6 +11,7 @@ MODELS = ("builtin:bert", "builtin:gpt2", "builtin:t5")  # surfaces are drawn of
 MASKS = ("top", "bottom", "random")
 SORTED = {
     "sorted_entries": ["--kind", "sorted"],
+    "sorted_entries_normalized": ["--kind", "sorted", "--normalized"],
     "sorted_parameters": ["--kind", "sorted", "--by", "parameter"],
     "sorted_parameters_normalized": ["--kind", "sorted", "--by", "parameter", "--normalized"],
 }
