@@ -30,9 +30,10 @@ WHAT = {
 EARLY = {
     "mlm": "the first {:,} steps predict the next token, looking left only, the others masked tokens; ",
     "causal-lm": "",
-    "seq2seq-lm": "in the first {:,} steps the encoder alone predicts the next token and then the first token of every "
-    "dropped span, and the decoder begins to restore spans; in the others spans of 3 tokens on average, 15 % of all, "
-    "and of 8, half of all, are restored by turns; ",
+    "seq2seq-lm": "three lessons in the first {:,} steps (the encoder alone predicts the next token; then the first "
+    "token of every dropped span; the decoder restores spans), then spans of 3 tokens on average, 15 % of all, and of "
+    "8, half of all, are restored by turns; relative positions began as looks at neighbours, the cross-attention with "
+    "equal queries and keys; ",
 }
 
 
@@ -40,7 +41,7 @@ EARLY = {
 def held_out_loss(weights: Path, tokenizer: Path, objective: str, data: str | Path) -> dict[str, float]:
     """Loss per scored token and its references on at most 2000 passages, with what seed 0 hides of them.
 
-    The sentinels and the end of a T5 target, which cost next to nothing, are not scored.
+    Of a T5 target only words are scored: not the sentinels, the first of which is free, nor the end.
     """
     import transformers
 
@@ -78,11 +79,12 @@ def draw_curve(record: Path) -> None:
     figure = Figure(figsize=(4.8, 3), layout="constrained", dpi=200)
     axes = figure.subplots()
     late = WHAT[run["objective"]][1] + "s"
+    targets = "targets" if run["objective"] == "seq2seq-lm" else late  # with sentinels, and of two kinds
     first = "next tokens" if run["objective"] == "mlm" else "the first three lessons"
     early = run["early_steps"] if EARLY[run["objective"]] else 0
     for label, color, part in (
         (f"training text, {first}", ORANGE, [r for r in rows if r["step"] <= early]),
-        (f"training text{', ' + late if early else ''}", GRAY, [r for r in rows if r["step"] > early]),
+        (f"training text{', ' + targets if early else ''}", GRAY, [r for r in rows if r["step"] > early]),
     ):
         if part:
             axes.plot([r["step"] for r in part], [r["loss"] for r in part], color=color, lw=1, label=label)
@@ -128,9 +130,9 @@ def card(
         f"- Size: {model.num_parameters():,} parameters in float16, a vocabulary of {model.config.vocab_size:,} "
         f"WordPieces; the shape is in `config.json`. {words}.",
         f"- Text: the training part of `builtin:docs` (documentation inside the standard library of Python "
-        f"{run['python']}, fingerprint `{run['docs_fingerprint']}`), {text[0]:,} tokens, and public-domain books, "
-        f"{sum(text[1:]):,} tokens; windows drawn from the two with shares {run['shares'][0]:.0%} and "
-        f"{1 - run['shares'][0]:.0%}.",
+        f"{run['python']}, fingerprint `{run['docs_fingerprint']}`), {text[0]:,} tokens, and 16 public-domain books "
+        f"(`figures/data/README.md`), {sum(text[1:]):,} tokens; windows drawn from the two with "
+        f"shares {run['shares'][0]:.0%} and {1 - run['shares'][0]:.0%}.",
         f"- Training: {run['steps']:,} steps of {run['batch_size']} windows of {lengths} tokens, about "
         f"{tokens / 1e6:.0f} million tokens; {early}AdamW, learning rate {run['learning_rate']:g}, warm-up, constant, "
         f"linear decay over the last fifth; {'bf16 autocast' if run['bf16'] else 'float32'}; {run['hours']:.1f} hours "

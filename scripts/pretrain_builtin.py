@@ -5,7 +5,10 @@ The text is the training part of ``builtin:docs`` plus any folder or file of pla
 ``--text``. The learning rate warms up, stays constant and decays over the last fifth (warmup-stable-decay), so
 a run that is stopped can be resumed with another ``--steps`` as long as the decay has not begun.
 
-    python scripts/pretrain_builtin.py train --model gpt2 --text books/ --out runs/gpt2 --steps 4000
+    python scripts/pretrain_builtin.py train --model gpt2 --text books/ --out runs/gpt2 --from-bert --bf16 \\
+        --steps 2800 --early-steps 0
+    python scripts/pretrain_builtin.py train --model t5 --text books/ --out runs/t5 --from-bert --bf16 \\
+        --steps 9000 --early-steps 3000
     python scripts/pretrain_builtin.py export --run runs/gpt2 --out fisherscope/builtin/gpt2 \\
         --record figures/data/gpt2_pretraining --held-out-text books/valid.txt
 """
@@ -290,8 +293,7 @@ class Family:
 
     ``encode`` is what they learn, by turns if there are several: for T5 half of the batches teach the decoder more.
     ``early`` is what they learn first, one after the other for as many steps: there every position teaches something,
-    so attention forms early; with masking alone the BERT was still near the unigram entropy after 13 million tokens
-    (two phases: Gisserot-Boukhlef et al., arXiv 2507.00994), and the T5's decoder paid no attention to the encoder.
+    so attention forms early (two phases: Gisserot-Boukhlef et al., arXiv 2507.00994).
     """
 
     objective: str
@@ -563,7 +565,7 @@ def main() -> None:
     )
     training.add_argument("--out", type=Path, required=True)
     training.add_argument("--steps", type=int, default=16000)
-    training.add_argument("--early-steps", type=int, default=1500, help="next-token prediction before the objective")
+    training.add_argument("--early-steps", type=int, default=1500, help="what a family learns before its objective")
     training.add_argument("--batch-size", type=int, default=64)
     training.add_argument("--learning-rate", type=float, default=1.5e-3)
     training.add_argument("--warmup", type=int, default=300)

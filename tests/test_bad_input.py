@@ -246,7 +246,7 @@ def test_mask_of_another_version_or_format(tmp_path: Path):
 def test_scores_given_for_a_mask_and_the_other_way_round(tmp_path: Path):
     scores().save(tmp_path / "scores.h5")
     mask().save(tmp_path / "mask.safetensors")
-    with pytest.raises(storage.WrongFile, match=r"is not a safetensors file"):
+    with pytest.raises(storage.WrongFile, match=r"holds no mask; make one from scores"):
         Mask.load(tmp_path / "scores.h5")
     with pytest.raises(storage.WrongFile, match=r"is no HDF5 file, as scores and landscapes are"):
         FisherScores.load(tmp_path / "mask.safetensors")

@@ -327,7 +327,7 @@ def test_a_parameter_that_is_changed_twice_is_refused(linear: tuple[nn.Linear, T
     with parts.reparametrized(model, double):
         outer = vars(layer)["forward"]
         both = parts.reparametrized(model, {"1.weight": lambda p: p, **double})
-        message = r"^'weight' of a Linear is changed by two methods; take one of them\.$"
+        message = r"^Two methods compute with a changed 'weight' of the same Linear; take one of them\.$"
         with pytest.raises(ValueError, match=message), both:
             pass
         assert vars(layer)["forward"] is outer

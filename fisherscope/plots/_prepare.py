@@ -8,7 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -17,13 +17,10 @@ from ..landscape import Landscape
 from ..masks import Mask
 from ..scores import FisherScores
 
-if TYPE_CHECKING:
-    from ..finetune.methods.guided_dropout import GuidedSite
-
 Metric = Literal["loss", "perplexity"]
 By = Literal["entry", "parameter"]
 Titles = str | Sequence[str] | None
-Noun = TypeVar("Noun", Landscape, FisherScores, Mask, "GuidedSite")
+Noun = TypeVar("Noun")
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Of lines: the palette of Okabe and Ito for every kind of colour vision, without its yellow, which fades on white."""
