@@ -170,20 +170,22 @@ def data_of(
     unfit = unfit | {"label_column": label_column} if task is not None else {"data_dir": data_dir}
     if given := next((name for name, value in unfit.items() if value is not None), None):
         raise ValueError(f"{given} goes with {'data' if task is not None else 'a task'} only; leave it out.")
-    if (task is None) == (data is None):
-        raise ValueError("Fine-tuning needs a task or data, and not both.")
-    if task is not None:
+    validation: Source | None = None
+    if task is not None and data is None:
         train, validation = (read_task(task, split, data_dir=data_dir) for split in ("train", "validation"))
         objective, metric, name = TASKS[task].objective, TASKS[task].metrics[0], task
-    else:
+    elif data is not None and task is None:
         objective = objective or saved_objective(model, revision=revision)
         columns = {"text_columns": text_columns, "label_column": label_column}
-        sources = [d and read_source(d, objective=objective, **columns) for d in (data, validation_data)]
-        train, validation = sources  # pyright: ignore[reportAssignmentType]
-        defaults = {"classification": CLASSIFICATION[0], "regression": REGRESSION[0]}
-        metric, name = defaults.get(objective, "loss"), train.name
+        train = read_source(data, objective=objective, **columns)
+        if validation_data is not None:
+            validation = read_source(validation_data, objective=objective, **columns)
         if objective == "classification" and validation is not None:  # a file numbers its own classes
             validation = with_class_order(validation, train.label_names or ())
+        defaults = {"classification": CLASSIFICATION[0], "regression": REGRESSION[0]}
+        metric, name = defaults.get(objective, "loss"), train.name
+    else:
+        raise ValueError("Fine-tuning needs a task or data, and not both.")
     if objective == "classification" and (classes := saved_classes(model, revision=revision)):
         train = with_class_order(train, classes)
         validation = validation and with_class_order(validation, classes)

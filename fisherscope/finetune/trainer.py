@@ -163,7 +163,7 @@ class Watch(TrainerCallback):
         done = state.global_step
         self._bar = progress_bar(state.max_steps, "training", "step", done=done, shown=self.shown)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, float], **_: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Show the loss."""
         if "loss" in logs:
             self._bar.set_postfix(loss=f"{logs['loss']:.3f}")
@@ -218,6 +218,6 @@ def _measured(rows: Sequence[Mapping[str, Any]], model: nn.Module, objective: st
     measured = {"loss": sum(r["loss"] for r in rows) / max(sum(r["count"] for r in rows), 1)}
     if objective in LABELLED_OBJECTIVES:
         found, labels = (np.array([r[name] for r in rows]) for name in ("predicted", "label"))
-        classes: Any = model.config.num_labels if objective == "classification" else None
+        classes: Any = getattr(model.config, "num_labels", None) if objective == "classification" else None
         measured |= metrics_of(found, labels, classes)
     return measured

@@ -279,7 +279,7 @@ def _loaded(plan: Plan, seed: int) -> "tuple[PreTrainedModel, PreTrainedTokenize
         device=plan.device,
     )
     if plan.objective in LABELLED_OBJECTIVES:
-        kinds = {"classification": "single_label_classification", "regression": "regression"}
+        kinds: dict[str, Any] = {"classification": "single_label_classification", "regression": "regression"}
         model.config.problem_type = kinds[plan.objective]
     if plan.train.label_names and not classes:
         model.config.id2label = dict(enumerate(plan.train.label_names))
@@ -308,7 +308,7 @@ def _result(seed: int, trainer: Trainer, watch: Watch, memory: int, forgetting: 
     ]
     losses = [{"step": row["step"], "loss": row["loss"]} for row in history if "loss" in row]
     finite = all(bool(torch.isfinite(p).all()) for p in watch.model.parameters())
-    state = trainer.optimizer.state_dict()["state"] if trainer.optimizer is not None else {}
+    state = trainer.optimizer.state_dict()["state"]  # pyright: ignore
     tensors = [value for values in state.values() for value in values.values() if isinstance(value, Tensor)]
     found = [row["predicted"] for row in watch.rows if "predicted" in row]
     return SeedResult(
