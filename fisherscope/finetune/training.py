@@ -73,9 +73,10 @@ def finetune(
     r"""Fine-tune a model with a regularizer, once for every seed, and measure it on validation examples.
 
     The loss of an optimizer step is :math:`\sum_n \ell_n / \sum_n T_n` over its examples, whatever the accumulation
-    (and the number of ranks, while batches are full), with :math:`\ell_n` summed over the :math:`T_n` scored tokens of an example (1 where an example
-    has one label), plus the penalties of the regularizer in the same way. For one seed, every method begins with the
-    same head, sees the same examples in the same order, and draws its own random numbers apart from those of dropout.
+    (and the number of ranks, while batches are full), with :math:`\ell_n` summed over the :math:`T_n` scored tokens
+    of an example (1 where an example has one label), plus the penalties of the regularizer in the same way. For one
+    seed, every method begins with the same head, sees the same examples in the same order, and draws its own random
+    numbers apart from those of dropout.
 
     Args:
         model: A name on the Hub, a local folder, or a built-in model.
