@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import h5py
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -148,22 +147,14 @@ class Mask(Mapping[str, Tensor]):
             WrongFile: If it holds something else, another version, or is damaged.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no file {path}.")
-        if h5py.is_hdf5(path):
+        if path.is_file() and h5py.is_hdf5(path):
             raise storage.WrongFile(f"{path} holds no mask; make one from scores with 'fisherscope mask'.")
-        try:
-            with safe_open(path, framework="pt") as file:
-                header = dict(json.loads((file.metadata() or {}).get("fisherscope", "{}")))
-                storage.check_header(path, FORMAT, header.get("format"), header.get("format_version"))
+        with storage.open_safetensors(path, FORMAT) as (file, header):
+            try:
                 tensors = {name: file.get_tensor(name) for name in header["parameters"]}
                 provenance = dict(header["provenance"])
-        except SafetensorError as error:
-            raise storage.WrongFile(f"{path} is not a safetensors file or was cut short; make it again.") from error
-        except storage.WrongFile:
-            raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise storage.WrongFile(f"{path} has a damaged header; make it again.") from error
+            except (KeyError, TypeError, ValueError) as error:
+                raise storage.WrongFile(f"{path} has a damaged header; make it again.") from error
         if wrong := next((name for name, tensor in tensors.items() if tensor.dtype != torch.bool), None):
             raise storage.WrongFile(f"{path} has {tensors[wrong].dtype} values under '{wrong}', but masks are boolean.")
         if any(bool((tensor.view(torch.uint8) > 1).any()) for tensor in tensors.values()):  # not checked by safetensors
@@ -338,7 +329,7 @@ def _select(
     for names in groups.values():
         units = {name: _unit_means(scores[name], granularity, row_axis(name, list(transposed))) for name in names}
         flat = torch.cat([unit.flatten() for unit in units.values()])
-        pieces = _highest(flat, round(fraction * flat.numel())).split([unit.numel() for unit in units.values()])
+        pieces = highest(flat, round(fraction * flat.numel())).split([unit.numel() for unit in units.values()])
         for (name, unit), piece in zip(units.items(), pieces, strict=True):
             selected[name] = piece.view(unit.shape).expand(scores[name].shape).clone()
     return selected
@@ -361,7 +352,7 @@ def _unit_shape(like: Tensor, granularity: str, axis: int) -> tuple[int, ...]:
     raise ValueError(f"granularity must be 'entry', 'row' or 'parameter', got {granularity!r}.")
 
 
-def _highest(values: Tensor, count: int) -> Bool[Tensor, "units"]:
+def highest(values: Tensor, count: int) -> Bool[Tensor, "units"]:
     """Mark exactly ``count`` values, the highest ones, earlier positions first among equals; linear time."""
     if count == 0:
         return torch.zeros_like(values, dtype=torch.bool)

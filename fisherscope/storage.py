@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import h5py
+    from safetensors import safe_open
 
 FORMAT_VERSION = 1
 
@@ -174,6 +175,30 @@ def check_header(path: Path, format_name: str, found: object, version: object) -
             f"{path} has format version {version}, but this fisherscope reads version {FORMAT_VERSION}; "
             "make it again with this version."
         )
+
+
+@contextlib.contextmanager
+def open_safetensors(path: Path, format_name: str) -> "Iterator[tuple[safe_open, dict[str, Any]]]":
+    """Open one of our safetensors files for reading: the file, and what we wrote into its header.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        WrongFile: If it cannot be read as safetensors, in the block too, or holds another format or version.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            try:
+                header = dict(json.loads((file.metadata() or {}).get("fisherscope", "{}")))
+            except (TypeError, ValueError) as error:
+                raise WrongFile(f"{path} has a damaged header; make it again.") from error
+            check_header(path, format_name, header.get("format"), header.get("format_version"))
+            yield file, header
+    except SafetensorError as error:
+        raise WrongFile(f"{path} is not a safetensors file or was cut short; make it again.") from error
 
 
 def origin(path: str | Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -146,23 +146,15 @@ class Difference:
             WrongFile: If it holds something else, another version, or is damaged.
         """
         path = Path(path)
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no file {path}.")
+        with storage.open_safetensors(path, FORMAT) as (file, header):
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         try:
-            with safe_open(path, framework="pt") as file:
-                header = dict(json.loads((file.metadata() or {}).get("fisherscope", "{}")))
-                storage.check_header(path, FORMAT, header.get("format"), header.get("format_version"))
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
             shapes = {str(name): tuple(map(int, shape)) for name, shape in header["shapes"].items()}
             found: dict[str, dict[str, Tensor]] = {"indices": {}, "values": {}}
             for kind, tensors_of_kind in found.items():
                 tensors_of_kind |= {n: tensors[f"{kind}.{n}"] for n in shapes if f"{kind}.{n}" in tensors}
             difference = Difference(found["indices"], found["values"], shapes, dict(header["provenance"]))
             _check_whole(difference, len(tensors))
-        except SafetensorError as error:
-            raise storage.WrongFile(f"{path} is not a safetensors file or was cut short; make it again.") from error
-        except storage.WrongFile:
-            raise
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise storage.WrongFile(f"{path} is damaged; make it again.") from error
         return difference

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..._typing import Bool
-from ...masks import _highest
+from ...masks import highest
 from ..parts import after_steps, before_steps, gradients_masked, reparametrized, weight_matrices
 from ..regularizer import Applied, Regularizer
 
@@ -198,7 +198,7 @@ class _Stages(Applied):
         for name in list(self.sums):
             scores = self.score(name, self.sums.pop(name))
             count = math.ceil(round(scores.numel() * (1 - self.drop), 6))  # 10 * (1 - 0.9) is 0.99999999
-            self.masks[self.weights[name]] = _highest(scores.flatten(), count).view(scores.shape)
+            self.masks[self.weights[name]] = highest(scores.flatten(), count).view(scores.shape)
 
     def begin_first(self) -> None:
         """Forget the choice."""
