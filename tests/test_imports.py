@@ -16,7 +16,7 @@ PACKAGE = Path(fisherscope.__file__).parent
 
 RANKS = (
     ("storage", "_typing", "_progress", "distributed"),
-    ("builtin", "models", "data", "objectives"),
+    ("builtin", "models", "data", "objectives", "metrics"),
     ("fisher", "scores", "stability", "masks"),
     ("landscape", "finetune", "comparison"),
     ("plots",),

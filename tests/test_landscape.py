@@ -4,7 +4,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import h5py
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fisherscope import storage
 from fisherscope.landscape import Axis, Landscape, random_directions, scan_landscape
 from fisherscope.landscape.scan import scan
+from fisherscope.landscape.surface import Journal, Point
 from fisherscope.masks import Mask, MaskMismatch, random_fraction
 
 scan_quietly = functools.partial(scan_landscape, progress=False)
@@ -120,12 +121,16 @@ def test_scan_of_a_function_is_that_function(sizes: list[int], slope: list[float
         calls.append(steps)
         return sum(k * step + step * step for k, step in zip(slope, steps, strict=False))
 
-    found = scan(loss_at, Landscape(axes, np.where(before, 99.0, np.nan), before))
+    def measured(points: Iterable[tuple[float, ...]]) -> Iterator[Point]:
+        return (Point(loss_at(*steps)) for steps in points)
+
+    log = Journal(Landscape(axes, np.where(before, 99.0, np.nan), before))
+    scan(measured, log)
+    assert log.evaluated.all()
+    assert len(calls) == (~before).sum()
     for index in np.ndindex(*sizes):
         steps = [axis.steps[i] for axis, i in zip(axes, index, strict=True)]
-        assert found.loss[index] == (99.0 if before[index] else loss_at(*steps))
-    assert found.evaluated.all()
-    assert len(calls) == 2 * (~before).sum()
+        assert log.landscape.loss[index] == (99.0 if before[index] else loss_at(*steps))
 
 
 def moving(made: Case, **options: object) -> Landscape:

@@ -15,10 +15,10 @@ from .. import distributed, storage
 from ..data import TASKS, Source, read_source, read_task
 from ..data.sources import with_class_order
 from ..masks import Mask
+from ..metrics import CLASSIFICATION, REGRESSION
 from ..models import saved_classes, saved_objective, shown_name
 from ..scores import FisherScores
 from . import methods  # noqa: F401  registers them
-from .metrics import CLASSIFICATION, REGRESSION
 from .regularizer import METHODS, Composed, Regularizer
 from .run import Run
 

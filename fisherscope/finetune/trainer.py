@@ -16,10 +16,10 @@ from .._progress import progress_bar
 from ..data import Batches
 from ..data.corruption import IGNORED
 from ..data.sources import LABELLED_OBJECTIVES
+from ..metrics import metrics_of
 from ..models import measuring
 from ..objectives import predict
 from .callback import RegularizerCallback
-from .metrics import metrics_of
 from .plan import Plan, Recipe
 from .regularizer import Regularizer
 

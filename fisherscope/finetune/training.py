@@ -25,11 +25,11 @@ from .. import distributed, storage
 from ..data import Batches, Source, load_batches
 from ..data.sources import LABELLED_OBJECTIVES
 from ..masks import Mask
+from ..metrics import is_constant
 from ..models import describe, load_model, quiet_transformers, saved_classes
 from ..scores import FisherScores
 from .callback import RegularizerCallback, last_checkpoint
 from .forgetting import pretraining_loss
-from .metrics import is_constant
 from .plan import Plan, Recipe, check_method, data_of
 from .regularizer import Regularizer
 from .results import Results, SeedResult

@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from .. import storage
-from .._typing import Bool, Float
+from .._typing import Bool, Float, Int
 
 FORMAT = "fisherscope.landscape"
 
@@ -27,6 +27,7 @@ class Axis:
         norm: Euclidean norm of the direction as used (after the mask), so that ``step * norm`` is a distance.
         entries: Number of entries that move, which may be fewer than the mask selects.
         kind: What the direction is, in words.
+        parameters: Number of parameters of which something moves.
     """
 
     name: str
@@ -34,6 +35,89 @@ class Axis:
     norm: float
     entries: int
     kind: str = "random, filter-normalised"
+    parameters: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    r"""How the directions :math:`d_k` of a landscape lie to each other and to the weights :math:`\theta`.
+
+    Attributes:
+        inner: :math:`d_i^\top d_j`.
+        weight_norm: :math:`\lVert\theta\rVert` of all parameters, so that a step can be told relative to the weights.
+        fisher: :math:`d_i^\top F d_j` with diagonal scores F; None without scores.
+        quadratic: Whether :math:`\tfrac12 \delta^\top F \delta` is what the scores predict for the loss: those of the
+            tokens that are scored one by one, or of the examples if each has one label.
+    """
+
+    inner: Float[np.ndarray, "axes axes"]
+    weight_norm: float
+    fisher: Float[np.ndarray, "axes axes"] | None = None
+    quadratic: bool = False
+
+    @property
+    def cosines(self) -> Float[np.ndarray, "axes axes"]:
+        """The cosines between the directions."""
+        norms = np.sqrt(np.diag(self.inner))
+        return self.inner / np.outer(norms, norms)
+
+
+@dataclass(frozen=True)
+class Marker:
+    """Another model in the space that the axes span, or near it.
+
+    Attributes:
+        name: What figures call it.
+        steps: Its coordinates, one per axis: those of the nearest point of the space.
+        distance: From there to the model, Euclidean.
+        loss: Of the model itself; None if it was not measured.
+        nearest_loss: Of the nearest point of the space, which is what a picture of the landscape shows.
+    """
+
+    name: str
+    steps: tuple[float, ...]
+    distance: float
+    loss: float | None = None
+    nearest_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How points that were not measured were filled in, and how far off they may be.
+
+    The error of a point is abs(predicted - true) / true, estimated by cross-validation over the measured points,
+    of those below the ceiling.
+
+    Attributes:
+        tolerance: What the 95th percentile of the errors was to be.
+        median: Estimated median of the errors.
+        percentile95: Estimated 95th percentile.
+        maximum: The largest error found.
+        measured: Number of points that were measured.
+    """
+
+    tolerance: float
+    median: float
+    percentile95: float
+    maximum: float
+    measured: int
+
+
+@dataclass(frozen=True, eq=False)
+class Point:
+    """What was measured at one point of a landscape.
+
+    Attributes:
+        loss: Mean loss per scored token.
+        metrics: Other values by name.
+        examples: The loss of every example, summed over its scored tokens; None if it is not kept.
+        clipped: Whether only the first batch was looked at, because its loss is above the ceiling.
+    """
+
+    loss: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    examples: Float[np.ndarray, "examples"] | None = None
+    clipped: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +128,23 @@ class Landscape:
         axes: The grid, slowest axis first.
         loss: Mean loss at every grid point: nats per scored token for language models, per example otherwise (squared
             units for regression). Raw: a model pushed far enough diverges, so infinity and NaN are legitimate values.
-        evaluated: Which grid points have been computed; the others hold NaN.
+        evaluated: Which grid points have been computed; the others hold NaN, or a prediction.
         objective: What the loss is of.
         references: Horizontal lines that give the loss of a language model a scale, in nats: ``"uniform"`` (ln V,
             guessing) and ``"unigram"`` (entropy of the scored labels).
         title: What moves, in words, for figures.
         provenance: Where the landscape came from.
+        metrics: Other surfaces of the same grid, by name.
+        clipped: At which points only the first batch was looked at, because its loss is above the ceiling.
+        examples: The loss of every example at every point, summed over its scored tokens; kept along one axis.
+        counts: The number of scored tokens of every example, where ``examples`` are kept.
+        geometry: How the directions lie; None in hand-made landscapes.
+        markers: Other models in the space of the axes.
+        connected: Whether the markers are a path, in their order.
+        replicates: The same along other random directions; ``loss`` is then the mean over them, ``axes`` are those of
+            the first.
+        prediction: How the points that were not evaluated were filled in, if they were.
+        measures: Numbers about the landscape and the model at its centre, by name; plain JSON values.
     """
 
     axes: tuple[Axis, ...]
@@ -59,6 +154,16 @@ class Landscape:
     references: Mapping[str, float] = field(default_factory=dict)
     title: str = "all entries"
     provenance: storage.Provenance = field(default_factory=dict)
+    metrics: Mapping[str, Float[np.ndarray, "*grid"]] = field(default_factory=dict)
+    clipped: Bool[np.ndarray, "*grid"] | None = None
+    examples: Float[np.ndarray, "*grid examples"] | None = None
+    counts: Int[np.ndarray, "examples"] | None = None
+    geometry: Geometry | None = None
+    markers: tuple[Marker, ...] = ()
+    connected: bool = False
+    replicates: "tuple[Landscape, ...]" = ()
+    prediction: Prediction | None = None
+    measures: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse arrays that do not fit the axes."""
@@ -68,16 +173,29 @@ class Landscape:
                 f"A landscape with axes of {grid} points needs loss and evaluated of that shape, got "
                 f"{self.loss.shape} and {self.evaluated.shape}."
             )
+        others = {**self.metrics, "clipped": self.clipped}
+        if wrong := next((name for name, v in others.items() if v is not None and v.shape != grid), None):
+            raise ValueError(f"A landscape with axes of {grid} points has {wrong} of shape {others[wrong].shape}.")
+        if self.examples is not None and (self.counts is None or self.examples.shape != (*grid, *self.counts.shape)):
+            raise ValueError(f"The losses of examples need their counts and shape (*{grid}, examples).")
 
     def __repr__(self) -> str:
         """One line for notebooks."""
         grid = " x ".join(str(size) for size in self.loss.shape)
-        return f"Landscape({grid} points, {self.title}, {self.objective}, {self.centre_loss:.4g} at the centre)"
+        several = f", mean of {len(self.replicates)} replicates" if self.replicates else ""
+        return (
+            f"Landscape({grid} points, {self.title}, {self.objective}, {self.centre_loss:.4g} at the centre{several})"
+        )
+
+    @property
+    def centre(self) -> tuple[int, ...]:
+        """Index of the model itself, where every step is 0."""
+        return tuple(int(np.argmin(np.abs(axis.steps))) for axis in self.axes)
 
     @property
     def centre_loss(self) -> float:
         """Loss of the model itself, at step 0 of every axis."""
-        return float(self.loss[tuple(int(np.argmin(np.abs(axis.steps))) for axis in self.axes)])
+        return float(self.loss[self.centre])
 
     @property
     def perplexity(self) -> Float[np.ndarray, "*grid"]:
@@ -88,6 +206,7 @@ class Landscape:
     def save(self, path: str | Path) -> None:
         """Write an HDF5 file with dimension scales, complete or not at all."""
         with storage.atomic(path) as temporary, h5py.File(temporary, "w") as file:
+            storage.write_header(file, FORMAT, self.provenance)
             _write(file, self)
 
     @staticmethod
@@ -102,40 +221,100 @@ class Landscape:
             return _read(file)
 
 
-def _write(file: h5py.File, landscape: Landscape) -> None:
-    storage.write_header(file, FORMAT, landscape.provenance)
-    file.attrs["objective"] = landscape.objective
-    file.attrs["title"] = landscape.title
-    file.attrs["references"] = json.dumps(dict(landscape.references), sort_keys=True)
-    loss = file.create_dataset("loss", data=landscape.loss.astype(np.float64))
-    evaluated = file.create_dataset("evaluated", data=landscape.evaluated)
+def mean_of(replicates: Sequence[Landscape], **facts: Any) -> Landscape:
+    """The mean of landscapes on one grid along different directions, and all of them.
+
+    Args:
+        replicates: The landscapes; a point counts as evaluated where all of them are.
+        facts: Other attributes of the result; by default those of the first.
+    """
+    first = replicates[0]
+    evaluated = np.logical_and.reduce([r.evaluated for r in replicates])
+
+    def mean(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        return np.where(evaluated, np.mean(arrays, axis=0), np.nan)
+
+    shared = {name: getattr(first, name) for name in ("objective", "references", "title", "provenance", "measures")}
+    return Landscape(
+        first.axes,
+        mean([r.loss for r in replicates]),
+        evaluated,
+        **{**shared, **facts},
+        metrics={name: mean([r.metrics[name] for r in replicates]) for name in first.metrics},
+        geometry=first.geometry,
+        replicates=tuple(replicates),
+    )
+
+
+def _write(group: h5py.Group, landscape: Landscape) -> None:
+    facts = {
+        "markers": [asdict(marker) for marker in landscape.markers],
+        "connected": landscape.connected,
+        "prediction": asdict(landscape.prediction) if landscape.prediction else None,
+        "measures": landscape.measures,
+        "references": dict(landscape.references),
+    }
+    group.attrs["objective"] = landscape.objective
+    group.attrs["title"] = landscape.title
+    group.attrs.update({name: json.dumps(value, sort_keys=True) for name, value in facts.items()})
+    arrays = {"loss": landscape.loss.astype(np.float64), "evaluated": landscape.evaluated, "clipped": landscape.clipped}
+    arrays |= {f"metrics/{name}": values for name, values in landscape.metrics.items()}
+    grids = [group.create_dataset(name, data=array) for name, array in arrays.items() if array is not None]
+    if landscape.examples is not None:
+        group.create_dataset("examples", data=landscape.examples)
+        group.create_dataset("counts", data=landscape.counts)
     for number, axis in enumerate(landscape.axes):
-        scale = file.create_dataset(f"axis{number}", data=np.asarray(axis.steps, dtype=np.float64))
-        for key, value in asdict(axis).items():
-            if key != "steps":
-                scale.attrs[key] = value
+        scale = group.create_dataset(f"axis{number}", data=np.asarray(axis.steps, dtype=np.float64))
+        scale.attrs.update({key: value for key, value in asdict(axis).items() if key != "steps"})
         scale.make_scale(f"axis{number}")
-        for dataset in (loss, evaluated):
+        for dataset in grids:
             dataset.dims[number].attach_scale(scale)
+    if geometry := landscape.geometry:
+        group.attrs["weight_norm"], group.attrs["quadratic"] = geometry.weight_norm, geometry.quadratic
+        for name, array in (("inner", geometry.inner), ("fisher", geometry.fisher)):
+            if array is not None:
+                group.create_dataset(name, data=array)
+    for number, replicate in enumerate(landscape.replicates):
+        _write(group.create_group(f"replicates/{number}"), replicate)
 
 
-def _read(file: h5py.File) -> Landscape:
+def _read(group: h5py.Group) -> Landscape:
     try:
-        loss, evaluated = np.asarray(file["loss"]), np.asarray(file["evaluated"]).astype(bool)
-        scales = [file[f"axis{number}"] for number in range(loss.ndim)]
-        axes = tuple(Axis(steps=np.asarray(scale), **_own(storage.attributes(scale))) for scale in scales)
-        facts = storage.attributes(file)
-        return Landscape(
-            axes,
-            loss,
-            evaluated,
-            str(facts["objective"]),
-            json.loads(facts["references"]),
-            str(facts["title"]),
-            json.loads(facts["provenance"]),
-        )
-    except (KeyError, ValueError) as error:
-        raise storage.WrongFile(f"{file.filename} is not a complete landscape ({error}); make it again.") from error
+        return _landscape(group, storage.attributes(group))
+    except (KeyError, TypeError, ValueError) as error:
+        path = group.file.filename
+        raise storage.WrongFile(f"{path} is not a complete landscape ({error}); make it again.") from error
+
+
+def _landscape(group: h5py.Group, attributes: Mapping[str, Any]) -> Landscape:
+    facts = {name: json.loads(attributes[name]) for name in ("references", "markers", "prediction", "measures")}
+    provenance = json.loads(attributes.get("provenance", "{}"))
+    if "replicates" in group:
+        several = [_read(group["replicates"][str(number)]) for number in range(len(group["replicates"]))]
+        return mean_of(several, title=str(attributes["title"]), provenance=provenance, measures=facts["measures"])
+    arrays = {name: np.asarray(group[name]) for name in ("loss", "evaluated", "inner", "fisher") if name in group}
+    others = {name: np.asarray(group[name]) for name in ("clipped", "examples", "counts") if name in group}
+    scales = [group[f"axis{number}"] for number in range(arrays["loss"].ndim)]
+    geometry = None
+    if "inner" in arrays:
+        scalars = (float(attributes["weight_norm"]), arrays.get("fisher"), bool(attributes["quadratic"]))
+        geometry = Geometry(arrays["inner"], *scalars)
+    return Landscape(
+        tuple(Axis(steps=np.asarray(scale), **_own(storage.attributes(scale))) for scale in scales),
+        arrays["loss"],
+        arrays["evaluated"].astype(bool),
+        str(attributes["objective"]),
+        facts["references"],
+        str(attributes["title"]),
+        provenance,
+        {name: np.asarray(array) for name, array in group.get("metrics", {}).items()},
+        **others,
+        geometry=geometry,
+        markers=tuple(Marker(**{**marker, "steps": tuple(marker["steps"])}) for marker in facts["markers"]),
+        connected=bool(json.loads(attributes["connected"])),
+        prediction=Prediction(**facts["prediction"]) if facts["prediction"] else None,
+        measures=facts["measures"],
+    )
 
 
 def _own(attributes: dict[str, Any]) -> dict[str, Any]:
@@ -145,41 +324,62 @@ def _own(attributes: dict[str, Any]) -> dict[str, Any]:
         "norm": float(attributes["norm"]),
         "entries": int(attributes["entries"]),
         "kind": str(attributes["kind"]),
+        "parameters": int(attributes["parameters"]),
     }
 
 
 class Journal:
-    """A landscape being written, flushed row by row."""
+    """A landscape being measured: in memory, and in a file if there is one, flushed row by row."""
 
-    def __init__(self, file: h5py.File) -> None:
-        self._file = file
+    def __init__(self, landscape: Landscape, group: h5py.Group | None = None) -> None:
+        self._group = group
+        self._before = landscape
+        self.loss, self.evaluated = landscape.loss.copy(), landscape.evaluated.copy()
+        self._others: dict[str, np.ndarray] = {f"metrics/{name}": v.copy() for name, v in landscape.metrics.items()}
+        for name in ("clipped", "examples"):
+            if (array := getattr(landscape, name)) is not None:
+                self._others[name] = array.copy()
 
-    def record(self, index: tuple[int, ...], loss: float) -> None:
-        """Write one point."""
-        self._file["loss"][index] = loss  # pyright: ignore[reportIndexIssue]
-        self._file["evaluated"][index] = True  # pyright: ignore[reportIndexIssue]
+    def record(self, index: tuple[int, ...], point: Point) -> None:
+        """Keep what was measured at one point."""
+        values = {f"metrics/{name}": value for name, value in point.metrics.items()}
+        values |= {"loss": point.loss, "examples": point.examples, "clipped": point.clipped}
+        arrays = {"loss": self.loss, **self._others}
+        for name, array in arrays.items():
+            array[index] = values[name]
+            if self._group is not None:
+                self._group[name][index] = values[name]  # pyright: ignore[reportIndexIssue]
+        self.evaluated[index] = True  # last: what a killed process left marked is there
+        if self._group is not None:
+            self._group["evaluated"][index] = True  # pyright: ignore[reportIndexIssue]
 
     def flush(self) -> None:
         """Make everything recorded so far survive a killed process."""
-        self._file.flush()
-        os.fsync(self._file.id.get_vfd_handle())
+        if self._group is not None:
+            self._group.file.flush()
+            os.fsync(self._group.file.id.get_vfd_handle())
 
     @property
     def landscape(self) -> Landscape:
         """What has been measured so far."""
-        return _read(self._file)
+        metrics = {name: self._others[f"metrics/{name}"] for name in self._before.metrics}
+        others = {name: array for name, array in self._others.items() if not name.startswith("metrics/")}
+        return replace(self._before, loss=self.loss, evaluated=self.evaluated, metrics=metrics, **others)
 
 
 @contextmanager
-def journal(path: Path, empty: Landscape) -> Iterator[Journal]:
-    """Go on with the scan in ``path`` if there is one, else begin with an empty landscape.
+def journals(path: Path | None, empty: Landscape) -> Iterator[list[Journal]]:
+    """One journal per replicate, or the only one: going on with the scan in ``path`` if there is one.
 
-    A file without any point is not left behind when the scan is refused.
+    A file without any point is not left behind when the scan is refused. Without a path, everything is in memory.
 
     Raises:
         ValueError: If the file was begun with other settings; names the first that differs.
         WrongFile: If it is no landscape.
     """
+    if path is None:
+        yield [Journal(part) for part in empty.replicates or (empty,)]
+        return
     if path.exists():
         _check_same_scan(path, Landscape.load(path), empty)
     else:
@@ -187,10 +387,12 @@ def journal(path: Path, empty: Landscape) -> Iterator[Journal]:
     refused = False
     try:
         with h5py.File(path, "r+") as file:
+            groups = [file[f"replicates/{number}"] for number in range(len(empty.replicates))] or [file]
+            opened = [Journal(_read(group), group) for group in groups]  # pyright: ignore[reportArgumentType]
             try:
-                yield Journal(file)
+                yield opened
             except ValueError:
-                refused = not np.asarray(file["evaluated"]).any()
+                refused = not any(journal.evaluated.any() for journal in opened)
                 raise
     finally:
         if refused:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from scipy import stats
 
-from .._typing import Float, Int
+from ._typing import Float, Int
 
 CLASSIFICATION = ("accuracy", "f1", "matthews")
 REGRESSION = ("pearson", "spearman")
