@@ -229,6 +229,29 @@ def bottom_fraction(
     return _finish(scores, tensors, _mask_provenance(scores, rule, include, exclude))
 
 
+def sharma2024(scores: FisherScores, select: Literal["top", "bottom"] = "top") -> Mask:
+    """The masks of the loss surfaces in arXiv 2406.14005, figure 1, as the published code makes them.
+
+    Whole parameters are ranked by their mean score, and the halves are halves of their number: of 202 parameters the
+    upper 101. Most of the highest ranks are biases and norms, which rest in a landscape, so that far fewer entries move
+    for the top than for the bottom. For comparison with that work; a fair mask is made by :func:`top_fraction`.
+
+    Args:
+        scores: What to rank by.
+        select: Which half; the lower one has the smaller number of an odd number of parameters.
+
+    Raises:
+        ValueError: If ``select`` is unknown.
+    """
+    if select not in ("top", "bottom"):
+        raise ValueError(f"select must be 'top' or 'bottom' for the published masks, got {select!r}.")
+    count = len(scores) - len(scores) // 2
+    top = top_fraction(scores, count / len(scores), granularity="parameter")
+    rule = f"{select} half of the parameters by mean score (sharma2024)"
+    chosen = top.tensors if select == "top" else {name: ~tensor for name, tensor in top.items()}
+    return Mask(chosen, _mask_provenance(scores, rule, None, None))
+
+
 def random_fraction(
     like: FisherScores | Mask | nn.Module,
     fraction: float,

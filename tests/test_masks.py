@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fisherscope import storage
 from fisherscope.fisher import estimate_fisher
-from fisherscope.masks import Mask, MaskMismatch, bottom_fraction, random_fraction, top_fraction
+from fisherscope.masks import Mask, MaskMismatch, bottom_fraction, random_fraction, sharma2024, top_fraction
 from fisherscope.models import layer_of
 from fisherscope.scores import FisherScores
 
@@ -393,3 +393,21 @@ def test_handmade_mask_needs_no_provenance():
     assert same(mask.for_model(model, strict=True), mask)
     partial = Mask(mask.tensors, {"model": {"prefix": ""}})
     assert same(partial.for_model(model), mask)
+
+
+def test_published_masks_are_halves_of_the_number_of_parameters():
+    """Whole parameters by mean score, whatever their size; of an odd number the upper half has one more."""
+    ranked = ["head.weight", "h.1.scale", "h.0.dense.bias", "embeddings.weight", "h.0.dense.weight"]
+    tensors = {name: torch.full(SHAPES[name], 5.0 - place) for place, name in enumerate(ranked)}
+    scores = FisherScores({name: tensors[name] for name in sorted(tensors)}, num_examples=1)
+    top, bottom = sharma2024(scores), sharma2024(scores, "bottom")
+    assert {name for name in top if top[name].all()} == set(ranked[:3])
+    assert {name for name in bottom if bottom[name].all()} == set(ranked[3:])
+    assert top.num_selected + bottom.num_selected == top.num_entries
+    assert not (top & bottom).num_selected
+    assert top.provenance["rule"] == "top half of the parameters by mean score (sharma2024)"
+
+
+def test_published_masks_have_two_halves():
+    with pytest.raises(ValueError, match="'top' or 'bottom' for the published masks, got 'random'"):
+        sharma2024(scores_of([1] * SIZE), "random")

@@ -2,25 +2,75 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .. import storage
 from ._common import add_model_and_data_flags, add_output_flags, load, output_is_complete
 
+if TYPE_CHECKING:
+    from ..landscape import Subspace
+
+DIRECTIONS = {
+    "random": 0,
+    "between": 1,
+    "plane": 2,
+    "trajectory": None,
+    "hessian": 0,
+    "ggn": 0,
+    "steepest": 0,
+    "low-rank": 0,
+}
+"""What the axes can be, and how many other models that takes; None: any number."""
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The keywords of ``scan_landscape``."""
+    """The keywords of ``scan_landscape``, and of the functions that make directions."""
     add_model_and_data_flags(parser)
-    grid = parser.add_argument_group("landscape")
-    grid.add_argument("--mask", type=Path, help="a mask file: only its entries move; default: all entries")
-    grid.add_argument("--axes", type=int, choices=(1, 2), default=2, help="a curve or a surface")
+    grid = parser.add_argument_group("grid")
+    grid.add_argument("--axes", type=int, choices=(1, 2, 3), help="a curve, a surface or a volume; default: 2")
     grid.add_argument(
         "--points", type=int, nargs="+", default=[51], help="per axis; odd, so that step 0 is on the grid"
     )
-    grid.add_argument("--span", type=float, default=1.0, help="steps go from -span to span")
-    grid.add_argument("--normalize", choices=("filter", "none"), default="filter", help="of the random directions")
-    grid.add_argument("--one-dimensional", choices=("skip", "scale"), default="skip", help="what biases and norms do")
-    grid.add_argument("--seed", type=int, default=0, help="of directions, masked tokens, data subset and new heads")
-    grid.add_argument(
+    ends = grid.add_mutually_exclusive_group()
+    ends.add_argument("--span", type=float, help="steps go from -span to span; default: 1, or as far as the models are")
+    ends.add_argument(
+        "--range",
+        type=float,
+        nargs=2,
+        action="append",
+        metavar=("LOW", "HIGH"),
+        help="steps go from LOW to HIGH, with 0 on the grid; once, or once per axis",
+    )
+    grid.add_argument("--adaptive", type=float, metavar="TOL", help="measure only as many points as this error needs")
+    grid.add_argument("--clip", action="store_true", help="look no closer where the loss is beyond guessing")
+    moves = parser.add_argument_group("what moves, and where to")
+    moves.add_argument("--mask", type=Path, help="a mask file: only its entries move; default: all entries")
+    moves.add_argument("--directions", choices=DIRECTIONS, default="random", help="what the axes are")
+    moves.add_argument(
+        "--models", nargs="+", default=[], metavar="MODEL", help="other models, for between, plane and trajectory"
+    )
+    moves.add_argument("--rank", type=int, default=8, help="of low-rank directions")
+    moves.add_argument(
+        "--normalize",
+        choices=("filter", "row", "parameter", "layer", "none"),
+        default="filter",
+        help="of random directions",
+    )
+    moves.add_argument("--one-dimensional", choices=("skip", "scale"), default="skip", help="what biases and norms do")
+    moves.add_argument(
+        "--match",
+        choices=("none", "norm", "fisher"),
+        default="none",
+        help="make masked directions as large as those of a random mask",
+    )
+    moves.add_argument("--orthogonal", action="store_true", help="make each direction orthogonal to the earlier ones")
+    moves.add_argument("--replicates", type=int, default=1, help="repeat along so many sets of random directions")
+    more = parser.add_argument_group("more to measure")
+    more.add_argument("--scores", type=Path, help="a scores file, for Fisher norms and --match fisher")
+    more.add_argument("--metrics", nargs="+", default=[], metavar="NAME", help="accuracy, f1, matthews, pearson ...")
+    more.add_argument("--measures", action="store_true", help="curvature, sharpness and basin radius of the model")
+    parser.add_argument("--seed", type=int, default=0, help="of directions, masked tokens, data subset and new heads")
+    parser.add_argument(
         "--strict", action="store_true", help="refuse a mask made from other weights, instead of a warning"
     )
     add_output_flags(parser, resumable=True)
@@ -28,29 +78,101 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Scan, save, and say what came out."""
+    _check(args)
     if output_is_complete(args):
         return
+    from dataclasses import replace
+
     from ..landscape import scan_landscape
     from ..masks import Mask
+    from ..scores import FisherScores
     from .info import describe_landscape
 
     mask = Mask.load(args.mask) if args.mask else None
+    scores = FisherScores.load(args.scores) if args.scores else None
     model, batches, objective = load(args)
+    axes = args.axes or (1 if args.directions in ("between", "steepest") else 2)
+    points = args.points * axes if len(args.points) == 1 else args.points
+    space = _space(args, model, batches, mask, objective, axes)
     part = storage.part_path(args.out)
     landscape = scan_landscape(
         model,
         batches,
         mask=mask,
-        axes=args.axes,
-        points=args.points * args.axes if len(args.points) == 1 else args.points,
-        span=args.span,
+        axes=axes,
+        points=points,
+        span=_span(args, space, axes, points),
+        directions=space or "random",
         normalize=args.normalize,
         one_dimensional=args.one_dimensional,
+        match=args.match,
+        orthogonal=args.orthogonal,
+        scores=scores,
+        replicates=args.replicates,
+        metrics=args.metrics,
+        adaptive=args.adaptive,
+        clip=args.clip,
         objective=objective,
         seed=args.seed,
         strict=args.strict,
         checkpoint=part,
     )
+    if args.measures:
+        from ..landscape.measures import measure
+
+        measures = measure(landscape, model, batches, mask=mask, objective=objective, seed=args.seed)
+        landscape = replace(landscape, measures=measures)
     landscape.save(args.out)
     part.unlink(missing_ok=True)
     print(f"{args.out}: {describe_landscape(landscape)}")
+
+
+def _check(args: argparse.Namespace) -> None:
+    wanted = DIRECTIONS[args.directions]
+    if wanted is None and len(args.models) < 2:
+        args.refuse(f"argument --models: a trajectory takes at least two other models, got {len(args.models)}")
+    if wanted is not None and len(args.models) != wanted:
+        args.refuse(f"argument --models: --directions {args.directions} takes {wanted}, got {len(args.models)}")
+    if args.directions == "between" and args.axes not in (None, 1):
+        args.refuse("argument --axes: between two models there is one axis; take --directions plane for two")
+    if args.directions == "plane" and args.axes not in (None, 2):
+        args.refuse("argument --axes: a plane has two axes")
+    if args.directions == "steepest" and args.axes not in (None, 1):
+        args.refuse("argument --axes: the steepest direction is one axis")
+
+
+def _space(
+    args: argparse.Namespace, model: Any, batches: Any, mask: Any, objective: str, axes: int
+) -> "Subspace | None":
+    """The directions asked for; None for random ones."""
+    from ..landscape import curvature, paths
+
+    if args.directions == "between":
+        return paths.between(model, args.models[0], mask=mask, name=_short(args.models[0]))
+    if args.directions == "plane":
+        return paths.plane_through(model, *args.models, names=list(map(_short, args.models)), mask=mask)
+    if args.directions == "trajectory":
+        return paths.trajectory(model, args.models, names=list(map(_short, args.models)), mask=mask, axes=axes)
+    if args.directions in ("hessian", "ggn"):
+        options: dict[str, Any] = {"kind": args.directions, "mask": mask, "objective": objective, "seed": args.seed}
+        return curvature.top_eigenvectors(model, batches, axes, **options)
+    if args.directions == "steepest":
+        return curvature.steepest(model, batches, mask=mask, objective=objective)
+    if args.directions == "low-rank":
+        return curvature.low_rank(model, axes, rank=args.rank, seed=args.seed, mask=mask)
+    return None
+
+
+def _short(name: str) -> str:
+    return Path(name).name
+
+
+def _span(args: argparse.Namespace, space: "Subspace | None", axes: int, points: list[int]) -> Any:
+    from ..landscape.paths import span_of
+
+    if args.range:
+        ranges = [tuple(ends) for ends in args.range]
+        return ranges * axes if len(ranges) == 1 else ranges
+    if args.span is None and space and space.markers:
+        return span_of(space, points)
+    return 1.0 if args.span is None else args.span

@@ -9,7 +9,11 @@ from ._common import add_output_flags, output_is_complete
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The keywords of ``top_fraction``, ``bottom_fraction`` and ``random_fraction``."""
     parser.add_argument("scores", type=Path, help="a scores file of `fisherscope fisher`")
-    parser.add_argument("--fraction", type=float, required=True, help="share of the units to select, 0 to 1")
+    how = parser.add_mutually_exclusive_group(required=True)
+    how.add_argument("--fraction", type=float, help="share of the units to select, 0 to 1")
+    how.add_argument(
+        "--published", choices=("sharma2024",), help="half of the parameters by mean score, as arXiv 2406.14005 has it"
+    )
     parser.add_argument("--select", choices=("top", "bottom", "random"), default="top", help="which ones")
     parser.add_argument("--granularity", choices=("entry", "row", "parameter"), default="entry", help="the unit")
     parser.add_argument(
@@ -25,12 +29,14 @@ def run(args: argparse.Namespace) -> None:
     """Select, save, and say how many."""
     if output_is_complete(args):
         return
-    from ..masks import bottom_fraction, random_fraction, top_fraction
+    from ..masks import bottom_fraction, random_fraction, sharma2024, top_fraction
     from ..scores import FisherScores
 
     scores = FisherScores.load(args.scores)
     patterns = {"granularity": args.granularity, "include": args.include, "exclude": args.exclude}
-    if args.select == "random":
+    if args.published:
+        mask = sharma2024(scores, args.select)
+    elif args.select == "random":
         mask = random_fraction(scores, args.fraction, seed=args.seed, stratify=args.within, **patterns)
     else:
         choose = top_fraction if args.select == "top" else bottom_fraction

@@ -12,6 +12,7 @@ LANDSCAPES = ("surface", "contour", "curves")
 SCORES = {
     "sorted": "sorted_scores",
     "layers": "layer_scores",
+    "parameters": "parameter_scores",
     "stability": "stability",
     "comparison": "comparison",
 }

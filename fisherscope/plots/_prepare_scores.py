@@ -49,6 +49,34 @@ def sorted_lines(scores: FisherScores | Sequence[FisherScores], by: str, normali
     )
 
 
+def parameter_lines(scores: FisherScores | Sequence[FisherScores], titles: Titles) -> Lines:
+    """Mean score of the entries of every parameter, in the model's order; those that are 0 are gaps.
+
+    Raises:
+        TypeError: If something else than scores was given.
+        ValueError: If units differ, or there is nothing to draw.
+    """
+    given = as_sequence(scores, FisherScores, "parameter_scores")
+    _check_same_reduction(given)
+    lines, notes = [], []
+    for one, title in zip(given, titles_of(given, titles, differing_titles(given)), strict=True):
+        values = _values(one, "parameter")
+        if not values.any():
+            raise ValueError(f"All scores of {title} are 0, so there is nothing to draw on a logarithmic axis.")
+        lines.append(Line(title, np.arange(1.0, len(values) + 1), np.where(values > 0, values, np.nan)))
+        if zeros := int((values == 0).sum()):
+            notes.append(f"{title}: {zeros} of {len(values)} parameters are exactly 0")
+    return Lines(
+        tuple(lines),
+        "parameters, in the model's order",
+        "mean Fisher score" + unit_of(given),
+        True,
+        False,
+        all(len(line.x) <= MOST_MARKERS for line in lines),
+        (*notes, *_new_parameters_note(given)),
+    )
+
+
 def layers(scores: FisherScores | Sequence[FisherScores], titles: Titles) -> Layers:
     """Mean score of the entries of every layer, in the model's order.
 
