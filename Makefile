@@ -7,16 +7,20 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Shapes are checked where arrays cross function borders; not around every operation that the engine follows.
 CHECKED := fisherscope.comparison,fisherscope.data,fisherscope.fisher.contributions,fisherscope.fisher.kernels,fisherscope.landscape,fisherscope.masks,fisherscope.objectives,fisherscope.plots,fisherscope.scores,fisherscope.stability
 
-.PHONY: demo test test-all lint bench gpu-check clean
+.PHONY: demo test test-all browser-check lint bench gpu-check clean
 
 demo: $(VENV)/.core
 	$(BIN)/fisherscope demo --out figures/demo --overwrite
 
 test: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --nbmake -m "not slow and not gpu" --jaxtyping-packages=$(CHECKED),beartype.beartype
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --nbmake -m "not slow and not gpu and not browser" --jaxtyping-packages=$(CHECKED),beartype.beartype
 
 test-all: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --nbmake -m "not gpu" --jaxtyping-packages=$(CHECKED),beartype.beartype
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --nbmake -m "not gpu and not browser" --jaxtyping-packages=$(CHECKED),beartype.beartype
+
+# Needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver); fails where there is none.
+browser-check: $(VENV)/.dev
+	$(BIN)/pytest -m browser tests/test_browser.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -25,6 +29,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/fisher.py --out benchmarks/results
+	$(BIN)/python benchmarks/landscape.py --out benchmarks/results
 
 # On a machine with a GPU and its own torch, transformers and pytest; installs nothing.
 gpu-check:

@@ -488,6 +488,21 @@ def measuring(model: nn.Module) -> Iterator[None]:
             config.use_cache = use_cache  # pyright: ignore[reportOptionalMemberAccess]
 
 
+def state_of(model: nn.Module) -> dict[str, object]:
+    """Every bit and every flag of a model, by name; equal before and after what promises to leave it as it was."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    state: dict[str, object] = {name: _bits(tensor) for name, tensor in tensors.items()}
+    state |= {f"the flag 'training' of '{name}'": module.training for name, module in model.named_modules()}
+    for name, parameter in model.named_parameters():
+        state[f"the flag 'requires_grad' of '{name}'"] = parameter.requires_grad
+        state[f"the gradient of '{name}'"] = None if parameter.grad is None else _bits(parameter.grad)
+    return state
+
+
+def _bits(tensor: Tensor) -> str:
+    return digest(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device that the model's inputs must be on."""
     return next(model.parameters()).device

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -85,6 +86,30 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Tell in one sentence why a file cannot be written; HDF5 says it in many.
+
+    Raises:
+        BlockingIOError: If another process has it open.
+        OSError: If the system refuses for another reason, as a full disk.
+    """
+    try:
+        yield
+    except BlockingIOError as error:
+        raise _in_use(path) from error
+    except (OSError, RuntimeError) as error:  # h5py raises either
+        number = re.search(r"errno (?:= )?(\d+)", str(error), re.IGNORECASE)
+        if number is None:
+            raise
+        reason = os.strerror(int(number[1]))
+        raise OSError(f"{path} cannot be written ({reason}); mend that, and repeat the command.") from error
+
+
+def _in_use(path: str | Path) -> BlockingIOError:
+    return BlockingIOError(f"{path} is in use by another process; wait for it to end, or give another file.")
+
+
 def readable(path: Path) -> None:
     """Give a file the usual permissions; some writers make files that only their owner can read."""
     path.chmod(0o666 & ~_umask())
@@ -140,6 +165,7 @@ def open_hdf5(path: str | Path, format_name: str) -> Iterator["h5py.File"]:
     Raises:
         FileNotFoundError: If there is no such file.
         WrongFile: If it cannot be read as HDF5, or holds another format or version.
+        BlockingIOError: If another process writes to it.
     """
     path = Path(path)
     with _open_any_hdf5(path) as file:
@@ -158,6 +184,8 @@ def _open_any_hdf5(path: Path) -> Iterator["h5py.File"]:
     try:
         with h5py.File(path, "r") as file:
             yield file
+    except BlockingIOError as error:
+        raise _in_use(path) from error
     except OSError as error:
         raise WrongFile(f"{path} is damaged and cannot be read; make it again.") from error
 

@@ -17,9 +17,10 @@ from . import fisher
 from ._typing import Bool
 from .data.corruption import IGNORED
 from .finetune.contract import check_regularizer as check_regularizer
-from .models import infer_objective, measuring
+from .landscape.contract import check_landscape as check_landscape
+from .landscape.contract import first_examples, size_of
+from .models import infer_objective, measuring, state_of
 from .objectives import Batch, ExampleLosses, LossFunction, example_losses
-from .storage import digest
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +143,9 @@ def check_engine(
     if num_examples < 1:
         raise ValueError(f"num_examples must be at least 1, got {num_examples}.")
     objective = objective or infer_objective(model)
-    taken = list(_first(batches, num_examples))
+    taken = list(first_examples(batches, num_examples))
     logger.info("The fast engine runs twice, then every example has a backward pass of its own.")
-    before = _state(model)
+    before = state_of(model)
     fast = fisher.estimate_fisher(model, taken, objective=objective, halves=False, progress=False)
     repeat = _distance(fisher.estimate_fisher(model, taken, objective=objective, halves=False, progress=False), fast)
     with measuring(model):
@@ -156,7 +157,7 @@ def check_engine(
     noise = alone.noise(torch.finfo(lowest).eps)
     loop = {name: total / alone.used for name, total in alone.sums.items()}
     errors = {name: _errors(fast.get(name), score, noise) for name, score in loop.items()}
-    after = _state(model)
+    after = state_of(model)
     own = next(p.dtype for p in model.parameters() if p.requires_grad)
     return EngineReport(
         model=type(model).__name__,
@@ -164,7 +165,7 @@ def check_engine(
         precision=_name(own) if own == lowest else f"{_name(own)} with {_name(lowest)} inside",
         tolerance=_tolerance(own, lowest) if tolerance is None else tolerance,
         num_examples=alone.used,
-        num_batched=sum(_size(batch) for batch in taken if _size(batch) > 1),
+        num_batched=sum(size_of(batch) for batch in taken if size_of(batch) > 1),
         num_padded=alone.padded if "attention_mask" in taken[0] else None,
         errors={name: norm for name, (norm, _) in errors.items()},
         largest_errors={name: largest for name, (_, largest) in errors.items()},
@@ -177,35 +178,6 @@ def check_engine(
         zero=tuple(name for name, score in loop.items() if not score.any()),
         changed=tuple(name for name in before | after if before.get(name) != after.get(name)),
     )
-
-
-def _first(batches: Iterable[Batch], num_examples: int) -> Iterator[dict[str, Tensor]]:
-    left = num_examples
-    for batch in batches:
-        part = {name: value[:left] for name, value in batch.items()}
-        yield part
-        left -= _size(part)
-        if not left:
-            return
-
-
-def _size(batch: Batch) -> int:
-    return len(next(iter(batch.values())))
-
-
-def _state(model: nn.Module) -> dict[str, object]:
-    """Every bit and every flag of a model, by name."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    state: dict[str, object] = {name: _bits(tensor) for name, tensor in tensors.items()}
-    state |= {f"the flag 'training' of '{name}'": module.training for name, module in model.named_modules()}
-    for name, parameter in model.named_parameters():
-        state[f"the flag 'requires_grad' of '{name}'"] = parameter.requires_grad
-        state[f"the gradient of '{name}'"] = None if parameter.grad is None else _bits(parameter.grad)
-    return state
-
-
-def _bits(tensor: Tensor) -> str:
-    return digest(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
 
 
 class _Precisions(TorchDispatchMode):

@@ -37,3 +37,17 @@ def test_the_fisher_benchmark_measures_goes_on_and_knows_who_is_right(tmp_path: 
     assert all(f"| {name} |" in table for name in rows)
     measured, again = done.stdout.split("second run")
     assert "over_plain" in measured and "over_plain" not in again
+
+
+def test_the_landscape_benchmark_measures_points_and_what_is_kept(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/landscape.py", "--quick", "--out", str(tmp_path / "out.json")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads((tmp_path / "out.json").read_text())["parts"]
+    assert list(parts) == ["point", "prefix", "vmap", "peer"]
+    assert parts["point"]["rows"]["fisherscope"]["ratio"] > 0 and parts["point"]["over_the_pass_it_runs"] > 0
+    assert all(row["same_bits"] and row["held_bytes"] > 0 for row in parts["prefix"].values())
+    assert all(gain > 0 for gain in parts["vmap"].values())
+    assert "loss_landscapes" in parts["peer"].get("failure", "") or parts["peer"]["oracle"]["fisherscope"]["wrong"] == 0
+    assert "| fisherscope |" in (tmp_path / "out.md").read_text()

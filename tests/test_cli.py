@@ -299,7 +299,8 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
 
 SLOWED = """
 import sys, time
-import fisherscope.fisher.run as run, fisherscope.landscape.scan as scan
+import fisherscope.fisher.run as run
+from fisherscope.landscape.evaluate import Evaluator
 from fisherscope.cli import main
 run.SECONDS_BETWEEN_CHECKPOINTS = 0.0
 def slowed(work):
@@ -308,7 +309,7 @@ def slowed(work):
         return work(*args)
     return slow
 run.State.add = slowed(run.State.add)
-scan.example_losses = slowed(scan.example_losses)
+Evaluator._measure = slowed(Evaluator._measure)
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -99,7 +99,9 @@ def assert_same_numbers(found: FisherScores, wanted: FisherScores, relative: flo
     torch.testing.assert_close(found.quarters.sums, wanted.quarters.sums, rtol=1e-4, atol=floor)
 
 
-def start(code: str, *arguments: object, world: int = RANKS) -> list[subprocess.Popen[str]]:
+def start(
+    code: str, *arguments: object, world: int = RANKS, module: str = "test_distributed"
+) -> list[subprocess.Popen[str]]:
     """The processes that torchrun would start, without torchrun, so that a test can kill them one by one."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -113,7 +115,7 @@ def start(code: str, *arguments: object, world: int = RANKS) -> list[subprocess.
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
     }
-    command = [sys.executable, "-c", f"import test_distributed as t; t.{code}", *map(str, arguments)]
+    command = [sys.executable, "-c", f"import {module} as t; t.{code}", *map(str, arguments)]
     return [
         subprocess.Popen(
             command, env=common | {"RANK": str(r), "LOCAL_RANK": str(r)}, text=True, stderr=subprocess.PIPE

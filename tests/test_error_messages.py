@@ -450,8 +450,8 @@ def test_one_direction_that_is_no_list():
 
 def test_nothing_moves():
     sentence = (
-        "Nothing moves: the mask selects only entries whose direction is 0; select others, or let biases and norms "
-        "move with one_dimensional='scale'."
+        "Nothing moves along axis 0: the direction is 0, or the mask selects only entries where it is; select others, "
+        "or let biases and norms move with one_dimensional='scale'."
     )
     model, batches = plain()
     mask = Mask({"weight": torch.zeros(2, 3, dtype=torch.bool), "bias": torch.ones(2, dtype=torch.bool)})

@@ -30,7 +30,7 @@ from fisherscope.masks import top_fraction
 from fisherscope.plots import _matplotlib, _plotly
 from fisherscope.plots._prepare import Compared, Layers, Lines, Panels, Sites, columns, decades, spread
 from fisherscope.plots._prepare_comparison import compared
-from fisherscope.plots._prepare_landscapes import panels, perplexity_ticks, round_ticks, short_title
+from fisherscope.plots._prepare_landscapes import logarithmic_ticks, panels, round_ticks, short_title
 from fisherscope.plots._prepare_scores import layers, short_labels, sorted_lines, stability_lines, thinned
 from fisherscope.plots._prepare_sites import sites_shown
 from fisherscope.scores import FisherScores
@@ -188,9 +188,9 @@ def test_a_panel_says_how_many_entries_move_and_how_far():
     grid = [[2.0] * 3] * 3
     assert surface_panels(landscape(grid, axes=axes)).panels[0].notes == (
         "1,000 / 2,000 entries move",
-        "‖d₁‖ = 12.3, ‖d₂‖ = 56,780",
+        "‖d₁‖\xa0=\xa012.3, ‖d₂‖\xa0=\xa056,780",
     )
-    assert surface_panels(bowl(points=(5,))).panels[0].notes == ("1,234,567 entries move", "‖d‖ = 12.3")
+    assert surface_panels(bowl(points=(5,))).panels[0].notes == ("1,234,567 entries move", "‖d‖\xa0=\xa012.3")
 
 
 @pytest.mark.parametrize(
@@ -255,16 +255,16 @@ def test_round_ticks_lie_inside_and_say_where(low: float, width: float):
 
 
 @given(low=st.floats(0, 60), width=st.floats(0.01, 40))
-def test_perplexity_ticks_lie_inside_and_say_where(low: float, width: float):
-    ticks = perplexity_ticks(low, low + width)
+def test_logarithmic_ticks_lie_inside_and_say_where(low: float, width: float):
+    ticks = logarithmic_ticks(low, low + width)
     assert 2 <= len(ticks) <= 8
     for position, text in ticks:
         assert low - 1e-9 <= position <= low + width + 1e-9
         assert math.log(float(text.replace(",", ""))) == pytest.approx(position, abs=1e-3 * width)
 
 
-def test_perplexity_ticks_survive_losses_whose_exponential_overflows():
-    assert perplexity_ticks(800.0, 800.5)[0] == (800.0, "e^800.0")
+def test_logarithmic_ticks_survive_losses_whose_exponential_overflows():
+    assert logarithmic_ticks(800.0, 800.5)[0] == (800.0, "e^800.0")
 
 
 def test_rows_are_as_equal_as_possible():
@@ -498,7 +498,7 @@ ZERO = scores({"a.layer.0.w": [0.0, 0.0]}, name="m")
         (lambda out: plots.contour(bowl(objective="classification"), out, metric="perplexity"), ValueError,
          "Perplexity needs mlm, causal-lm or seq2seq-lm, but this landscape is of classification; draw the loss."),
         (lambda out: plots.contour(MAP, out, metric="accuracy"), ValueError,
-         "metric must be 'loss' or 'perplexity', got 'accuracy'."),
+         "metric must be 'loss', 'perplexity', or what was measured beside them (nothing else), got 'accuracy'."),
         (lambda out: plots.contour([MAP, MAP], out, titles=["a"]), ValueError,
          "titles must be one per Landscape (2), got 1."),
         (lambda out: plots.contour(landscape([[math.nan, None], [math.inf, None]]), out), ValueError,
@@ -595,7 +595,8 @@ def test_backends_are_imported_only_to_draw():
 
 
 def test_both_backends_have_the_same_functions():
-    assert sorted(plots.__all__) == PUBLIC
+    # pages to explore are HTML only, and parameters are drawn as sorted scores are
+    assert sorted({*plots.__all__} - {"page", "parameter_scores", "volume"}) == PUBLIC
     for backend in BACKENDS:
         assert sorted(backend.__all__) == sorted([*PUBLIC, "save"])
     for name in _matplotlib.__all__:
@@ -845,11 +846,12 @@ def test_a_page_of_maps_has_bands_on_one_scale_and_a_level_per_reference(tmp_pat
     assert [trace["type"] for trace in traces] == ["contour", "contour", "contour", "scatter", "contour", "scatter"]
     first, second = traces[0], traces[4]
     assert first["contours"] == second["contours"]
-    assert first["contours"]["end"] == pytest.approx(8.5)
+    assert first["contours"]["end"] == pytest.approx(math.log(8.5))
     assert first["colorscale"][-1] == [1, "#d1d1d1"]
     assert [trace["name"] for trace in traces[1:3]] == ["ln V = 8", "unigram entropy = 5"]
     assert layout["yaxis"]["scaleanchor"] == "x" and layout["yaxis2"]["scaleanchor"] == "x2"
-    np.testing.assert_array_equal(decoded(first["z"]), bowl().loss.T)
+    np.testing.assert_allclose(decoded(first["z"]), np.log(bowl().loss.T))  # what colours go by
+    np.testing.assert_array_equal(decoded(first["customdata"]), bowl().loss.T)  # what readers are told
 
 
 def test_a_map_that_is_not_cut_has_no_grey():

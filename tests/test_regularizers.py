@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from architectures import entry
-from conftest import Case, batched, case, untouched
+from conftest import Case, batched, case, moved, untouched
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim import AdamW, Optimizer
 
 import fisherscope as fs
 from fisherscope.finetune import METHODS, Applied, Composed, Regularizer, parts
+from fisherscope.finetune.methods.teacher_free import VirtualTeacher
 from fisherscope.finetune.methods.weights_mixup import mixed_matrices
 from fisherscope.masks import Mask
 from fisherscope.models import dropout_sites
@@ -100,6 +101,11 @@ def the_scores(on: Given) -> FisherScores:
     return on.scores
 
 
+def another(on: Given) -> nn.Module:
+    """A model of the same kind with other values."""
+    return moved(copy.deepcopy(on.model), 1)
+
+
 TABLE: dict[str, Entry] = {
     "vanilla": Entry(of("vanilla"), of("vanilla"), repeatable=True),
     "guided-dropout": Entry(
@@ -127,6 +133,14 @@ TABLE: dict[str, Entry] = {
         of("dps-dense", total_steps=4), of("dps-dense", total_steps=4, drop=0.0), repeatable=True
     ),
     "dps-mix": Entry(of("dps-mix", total_steps=4, seed=1), of("dps-mix", total_steps=4, seed=1, drop=0.0)),
+    "label-smoothing": Entry(of("label-smoothing"), of("label-smoothing", weight=0.0)),
+    "distillation": Entry(
+        of("distillation", teacher=another), of("distillation", teacher=another, weight=0.0)
+    ),
+    "teacher-free-distillation": Entry(
+        of("teacher-free-distillation", teacher=lambda on: VirtualTeacher()),
+        of("teacher-free-distillation", teacher=lambda on: VirtualTeacher(), weight=0.0),
+    ),
     "weights-mixup": Entry(
         lambda on: METHODS["weights-mixup"](**on.factors(0.8)), lambda on: METHODS["weights-mixup"](**on.factors(1.0))
     ),

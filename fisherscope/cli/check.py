@@ -1,4 +1,4 @@
-"""``fisherscope check``: whether the fast engine is exact on a model, and batching and padding are harmless."""
+"""``fisherscope check``: whether the fast engine and landscapes can be trusted on a model and data."""
 
 import argparse
 
@@ -6,7 +6,7 @@ from ._common import add_general_flags, add_model_and_data_flags, load
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The keywords of ``check_engine``."""
+    """The keywords of ``check_engine`` and ``check_landscape``."""
     add_model_and_data_flags(parser, num_examples=8)
     check = parser.add_argument_group("check")
     check.add_argument("--tolerance", type=float, help="relative difference allowed; default: by the precision")
@@ -15,10 +15,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table and the verdict; the exit status is 1 unless all is well."""
-    from ..testing import check_engine
+    """Print two tables and verdicts; the exit status is 1 unless all is well."""
+    from ..testing import check_engine, check_landscape
 
     model, batches, objective = load(args)
-    report = check_engine(model, batches, objective=objective, num_examples=args.num_examples, tolerance=args.tolerance)
-    print(report)
-    return int(not report.ok)
+    options = {"objective": objective, "num_examples": args.num_examples, "tolerance": args.tolerance}
+    engine = check_engine(model, batches, **options)
+    print(engine, end="\n\n")
+    landscape = check_landscape(model, batches, **options)
+    print(landscape)
+    return int(not (engine.ok and landscape.ok))

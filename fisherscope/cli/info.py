@@ -1,4 +1,4 @@
-"""``fisherscope info``: what a file holds and how it was made; two files: how far they agree."""
+"""``fisherscope info``: what a file holds and how it was made; several files: how they compare."""
 
 import argparse
 import csv
@@ -14,6 +14,7 @@ from ._common import add_general_flags
 if TYPE_CHECKING:
     from ..comparison import Comparison
     from ..landscape import Landscape
+    from ..landscape.surface import Marker
     from ..masks import Mask
     from ..scores import FisherScores
 
@@ -30,14 +31,14 @@ _FORMATS |= dict.fromkeys(("overlap", "chance", "jaccard", "rank_correlation"), 
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """One file or two."""
+    """One file or more."""
     parser.add_argument(
         "files",
         type=Path,
         nargs="+",
         metavar="FILE",
         help="scores, a mask, a landscape, the folder of a fine-tuning run, or the .part of a run in progress; two "
-        "scores or two masks are compared",
+        "scores or two masks are compared; of several landscapes: how far each moved, and how much it rose",
     )
     parser.add_argument("--by", choices=("layer", "parameter"), default="layer", help="rows of the table")
     parser.add_argument("--fraction", type=float, default=0.1, help="of the masks that scores are compared by")
@@ -50,8 +51,11 @@ def run(args: argparse.Namespace) -> None:
     """Print what the file holds, layer by layer, and its provenance."""
     if args.out is not None and args.out.exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; give --overwrite to replace it, or another --out.")
+    if len(args.files) > 1 and all(storage.file_format(path) == "fisherscope.landscape" for path in args.files):
+        _print_landscapes(args)
+        return
     if len(args.files) > 2:
-        raise ValueError(f"info takes one file, or two to compare, got {len(args.files)}.")
+        raise ValueError(f"info takes one file, two to compare, or several landscapes; got {len(args.files)}.")
     lines, table, provenance = _one(args) if len(args.files) == 1 else _two(args)
     if args.out is not None and not table:
         raise ValueError(f"A table is made of scores and masks, but {args.files[0]} holds neither; leave out --out.")
@@ -102,6 +106,17 @@ def _two(args: argparse.Namespace) -> tuple[list[str], Table, Mapping[str, Any]]
     return [*lines, *_differences(result)], rows, {}
 
 
+def _print_landscapes(args: argparse.Namespace) -> None:
+    from ..landscape import Landscape
+    from ..landscape.statistics import comparison_table, rows
+
+    landscapes, names = [Landscape.load(path) for path in args.files], [path.stem for path in args.files]
+    print(comparison_table(landscapes, names), end="")
+    if args.out is not None:
+        _write([asdict(row) for row in rows(landscapes, names)], args.out)
+        print(args.out)
+
+
 def load_comparable(path: Path) -> "FisherScores | Mask":
     """Scores or a mask, whichever a file holds.
 
@@ -130,7 +145,38 @@ def describe_landscape(landscape: "Landscape") -> str:
     lines = [f"{landscape}, {int(landscape.evaluated.sum())} evaluated"]
     lines += [f"  {name}: {value:.4f} nats" for name, value in landscape.references.items()]
     lines += [f"  {a.name}: {a.kind}, {a.entries:,} entries move, ‖direction‖ {a.norm:.4g}" for a in landscape.axes]
+    if found := landscape.prediction:
+        lines.append(
+            f"  {found.measured:,} points measured, the others predicted within {found.percentile95:.2%} (95 %)"
+        )
+    lines += [f"  {_marked(marker)}" for marker in landscape.markers]
+    lines += [f"  {line}" for line in _measured(landscape.measures)]
     return "\n".join(lines)
+
+
+def _marked(marker: "Marker") -> str:
+    place = ", ".join(f"{step:.3g}" for step in marker.steps)
+    losses = "" if marker.loss is None else f", loss {marker.loss:.4f}, in the plane {marker.nearest_loss:.4f}"
+    return f"{marker.name}: at {place}, {marker.distance:.3g} off the plane{losses}"
+
+
+def _measured(measures: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Measures as lines; lists of many numbers are only in the file."""
+    lines = []
+    for name, value in measures.items():
+        label = f"{prefix}{name.replace('_', ' ')}"
+        if isinstance(value, Mapping):
+            lines += _measured(value, f"{label}, ")
+        elif isinstance(value, list):
+            numbers = [x for row in value for x in (row if isinstance(row, list) else [row])]
+            lines += [f"{label}: {', '.join(map(_short, numbers))}"] if len(numbers) <= 9 else []
+        elif value is not None:
+            lines.append(f"{label}: {_short(value)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _renamed(row: dict[str, Any], by: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """``fisherscope landscape``: the loss around a model, on a grid."""
 
 import argparse
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +9,10 @@ from .. import storage
 from ._common import add_model_and_data_flags, add_output_flags, load, output_is_complete
 
 if TYPE_CHECKING:
-    from ..landscape import Subspace
+    from collections.abc import Sequence
+
+    from ..landscape import Direction, Landscape, Subspace
+    from ..landscape.curvature import Curvature
 
 DIRECTIONS = {
     "random": 0,
@@ -21,6 +25,9 @@ DIRECTIONS = {
     "low-rank": 0,
 }
 """What the axes can be, and how many other models that takes; None: any number."""
+
+MOVING = ("normalize", "one_dimensional", "match", "orthogonal", "seed", "strict")
+"""What decides how directions are used."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +76,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     more.add_argument("--scores", type=Path, help="a scores file, for Fisher norms and --match fisher")
     more.add_argument("--metrics", nargs="+", default=[], metavar="NAME", help="accuracy, f1, matthews, pearson ...")
     more.add_argument("--measures", action="store_true", help="curvature, sharpness and basin radius of the model")
+    more.add_argument(
+        "--eigenvalue-ratio", action="store_true", help="how far from convex the loss is at every point; slow"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of directions, masked tokens, data subset and new heads")
     parser.add_argument(
         "--strict", action="store_true", help="refuse a mask made from other weights, instead of a warning"
@@ -77,13 +87,22 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Scan, save, and say what came out."""
-    _check(args)
-    if output_is_complete(args):
-        return
-    from dataclasses import replace
+    """Scan, save, and say what came out; started by torchrun, each process measures its share of the points."""
+    from .. import distributed
 
+    _check(args)
+    with distributed.started(args.device) as args.device:
+        if not distributed.is_first():
+            logging.getLogger("fisherscope").setLevel(logging.ERROR)
+        if not distributed.first_says(distributed.is_first() and output_is_complete(args)):
+            _scan(args)
+
+
+def _scan(args: argparse.Namespace) -> None:
+    from .. import distributed
     from ..landscape import scan_landscape
+    from ..landscape.curvature import Curvature
+    from ..landscape.moves import Moves
     from ..masks import Mask
     from ..scores import FisherScores
     from .info import describe_landscape
@@ -95,6 +114,7 @@ def run(args: argparse.Namespace) -> None:
     points = args.points * axes if len(args.points) == 1 else args.points
     space = _space(args, model, batches, mask, objective, axes)
     part = storage.part_path(args.out)
+    moving: dict[str, Any] = {name: getattr(args, name) for name in MOVING}
     landscape = scan_landscape(
         model,
         batches,
@@ -103,28 +123,39 @@ def run(args: argparse.Namespace) -> None:
         points=points,
         span=_span(args, space, axes, points),
         directions=space or "random",
-        normalize=args.normalize,
-        one_dimensional=args.one_dimensional,
-        match=args.match,
-        orthogonal=args.orthogonal,
         scores=scores,
         replicates=args.replicates,
         metrics=args.metrics,
         adaptive=args.adaptive,
         clip=args.clip,
         objective=objective,
-        seed=args.seed,
-        strict=args.strict,
         checkpoint=part,
+        **moving,
     )
-    if args.measures:
-        from ..landscape.measures import measure
-
-        measures = measure(landscape, model, batches, mask=mask, objective=objective, seed=args.seed)
-        landscape = replace(landscape, measures=measures)
+    if not distributed.is_first():
+        return
+    if args.measures or args.eigenvalue_ratio:
+        moves = Moves(model, axes, space, mask, scores, **moving).along()
+        landscape = _with_measures(args, landscape, moves, Curvature(model, batches, objective=objective, mask=mask))
     landscape.save(args.out)
     part.unlink(missing_ok=True)
     print(f"{args.out}: {describe_landscape(landscape)}")
+
+
+def _with_measures(
+    args: argparse.Namespace, landscape: "Landscape", directions: "Sequence[Direction]", curvature: "Curvature"
+) -> "Landscape":
+    from dataclasses import replace
+
+    from ..landscape.measures import eigenvalue_ratio_map, measure_landscape, measure_model
+
+    if args.measures:
+        measures = measure_model(curvature, directions, seed=args.seed)
+        landscape = replace(landscape, measures={**measure_landscape(landscape), **measures})
+    if args.eigenvalue_ratio:
+        ratios = eigenvalue_ratio_map(curvature, landscape, directions, seed=args.seed)
+        landscape = replace(landscape, metrics={**landscape.metrics, "eigenvalue ratio": ratios})
+    return landscape
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -150,7 +181,7 @@ def _space(
     if args.directions == "between":
         return paths.between(model, args.models[0], mask=mask, name=_short(args.models[0]))
     if args.directions == "plane":
-        return paths.plane_through(model, *args.models, names=list(map(_short, args.models)), mask=mask)
+        return paths.plane_through(model, *args.models, names=tuple(map(_short, args.models)), mask=mask)
     if args.directions == "trajectory":
         return paths.trajectory(model, args.models, names=list(map(_short, args.models)), mask=mask, axes=axes)
     if args.directions in ("hessian", "ggn"):
@@ -159,7 +190,7 @@ def _space(
     if args.directions == "steepest":
         return curvature.steepest(model, batches, mask=mask, objective=objective)
     if args.directions == "low-rank":
-        return curvature.low_rank(model, axes, rank=args.rank, seed=args.seed, mask=mask)
+        return curvature.low_rank(model, axes, rank=args.rank, seed=args.seed)
     return None
 
 

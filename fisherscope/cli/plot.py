@@ -1,14 +1,17 @@
-"""``fisherscope plot``: figures from scores, masks and landscapes."""
+"""``fisherscope plot``: figures from scores, masks and landscapes; landscapes for ParaView."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import storage
 from ._common import add_output_flags, output_is_complete
 
-LANDSCAPES = ("surface", "contour", "curves")
+if TYPE_CHECKING:
+    from ..landscape import Landscape
+
+LANDSCAPES = ("surface", "contour", "curves", "page", "volume")
 SCORES = {
     "sorted": "sorted_scores",
     "layers": "layer_scores",
@@ -30,9 +33,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kind",
         choices=(*LANDSCAPES, *SCORES),
-        help="default: surface or curves for landscapes, layers for scores, comparison for two scores or masks",
+        help="default: by the axes of landscapes (.html: page), layers for scores, comparison for two scores or masks",
     )
-    parser.add_argument("--metric", choices=("loss", "perplexity"), default="loss", help="of landscapes")
+    parser.add_argument(
+        "--metric", default="loss", metavar="NAME", help="of landscapes: loss, perplexity, or one that was measured"
+    )
+    parser.add_argument(
+        "--width", choices=("one-column", "two-column"), help="of a printed landscape: 3.3 or 6.9 inches"
+    )
     parser.add_argument("--by", choices=("entry", "parameter"), default="entry", help="what sorted scores rank")
     parser.add_argument("--normalized", action="store_true", help="sorted scores from 0 to 1")
     parser.add_argument("--fraction", type=float, default=0.1, help="of the masks that scores are compared by")
@@ -64,9 +72,34 @@ def _draw_landscapes(args: argparse.Namespace) -> None:
     from ..landscape import Landscape
 
     landscapes = [Landscape.load(path) for path in args.files]
-    kind = args.kind or ("curves" if len(landscapes[0].axes) == 1 else "surface")
+    if args.out.suffix == ".vts":
+        return _export(args, landscapes)
+    kind = args.kind or _usual_kind(len(landscapes[0].axes), args.out.suffix == ".html")
     _check_kind(kind, LANDSCAPES, "landscapes")
-    getattr(plots, kind)(landscapes, args.out, metric=args.metric, titles=args.titles)
+    if kind == "volume":
+        plots.volume(_only(landscapes, "A volume"), args.out, metric=args.metric, titles=args.titles)
+    elif kind == "page":
+        plots.page(landscapes, args.out, metric=args.metric, titles=args.titles)
+    else:
+        getattr(plots, kind)(landscapes, args.out, metric=args.metric, titles=args.titles, width=args.width)
+
+
+def _usual_kind(axes: int, is_page: bool) -> str:
+    if axes == 3:
+        return "volume" if is_page else "contour"
+    return "page" if is_page else {1: "curves"}.get(axes, "surface")
+
+
+def _export(args: argparse.Namespace, landscapes: "Sequence[Landscape]") -> None:
+    from ..landscape.vtk import to_vtk
+
+    to_vtk(_only(landscapes, "A file for ParaView"), args.out)
+
+
+def _only(landscapes: "Sequence[Landscape]", what: str) -> "Landscape":
+    if len(landscapes) != 1:
+        raise ValueError(f"{what} is made of one landscape, got {len(landscapes)}.")
+    return landscapes[0]
 
 
 def _draw_scores(args: argparse.Namespace) -> None:

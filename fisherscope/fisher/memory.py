@@ -254,6 +254,11 @@ def _free(place: torch.device, loaded: int) -> dict[str, int]:
     return free
 
 
+def free_on(device: torch.device) -> int | None:
+    """Bytes that can still be had on a device; None where the system does not tell."""
+    return _free(device, 0).get(str(device))
+
+
 def _free_on_host() -> int | None:
     """What Linux says is available, within the limit of the job's control group; None on other systems."""
     try:

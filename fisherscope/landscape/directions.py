@@ -117,7 +117,7 @@ def _fitted(direction: Tensor, weight: Tensor, others: list[int] | None) -> Tens
     """The direction with the norms of the weight, over some axes or over all."""
     own = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
     drawn = torch.linalg.vector_norm(direction, dim=others, keepdim=True)
-    return direction * (own / drawn)
+    return direction * torch.where(drawn > 0, own / drawn, 0)  # rows of one entry may be drawn as 0
 
 
 def _fitted_by_layer(drawn: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -127,7 +127,8 @@ def _fitted_by_layer(drawn: Mapping[str, Tensor], weights: Mapping[str, Tensor])
             layers.setdefault(layer_of(name), []).append(name)
     result = dict(drawn)
     for names in layers.values():
-        ratio = norm([weights[name] for name in names]) / norm([drawn[name] for name in names])
+        size = norm([drawn[name] for name in names])
+        ratio = norm([weights[name] for name in names]) / size if size else 0.0
         result |= {name: drawn[name] * ratio for name in names}
     return result
 

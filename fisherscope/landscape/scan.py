@@ -13,32 +13,28 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from .. import storage
+from .. import distributed, storage
 from .._progress import progress_bar
 from ..data import BatchDigest, describe_batches
+from ..data.sources import LABELLED_OBJECTIVES
 from ..masks import Mask
-from ..metrics import METRICS
-from ..models import align, backbone_prefix, check_head, describe, find_difference, infer_objective, measuring
+from ..metrics import CLASSIFICATION, REGRESSION
+from ..models import check_head, describe, infer_objective, measuring
 from ..objectives import Batch, LossFunction, is_language_model, num_scored, reference_losses
 from ..scores import FisherScores
-from .directions import (
-    KINDS,
-    Direction,
-    Match,
-    Normalize,
-    OneDimensional,
-    Subspace,
-    geometry_of,
-    matched,
-    norm,
-    orthogonalized,
-    random_directions,
-    restrict,
-)
+from .adaptive import Index, check_tolerance, measure_adaptively
+from .directions import Direction, Match, Normalize, OneDimensional, Subspace, geometry_of, norm
 from .evaluate import Evaluator, Metric, metric_name
-from .surface import Axis, Journal, Landscape, Marker, Point, journals, mean_of
+from .moves import Moves, given_space
+from .surface import Axis, Geometry, Journal, Landscape, Marker, Point, journals, mean_of
 
 logger = logging.getLogger(__name__)
+
+Evaluate = Callable[[Iterable[tuple[float, ...]]], Iterator[Point]]
+"""Measures points, given by one step per axis, in their order."""
+
+AT_ONCE = 32
+"""Points of an adaptive round after which they are safe in the file."""
 
 MARGIN = 0.5
 """Nats above ln V beyond which a language model is worse than guessing, and its loss says nothing more."""
@@ -61,6 +57,7 @@ def scan_landscape(
     replicates: int = 1,
     metrics: Sequence[Metric] = (),
     clip: bool = False,
+    adaptive: float | None = None,
     objective: str | LossFunction | None = None,
     seed: int = 0,
     strict: bool = False,
@@ -96,6 +93,9 @@ def scan_landscape(
         metrics: Other surfaces, measured in the same pass: names of :mod:`fisherscope.metrics`, taken over all scored
             tokens, or functions from :class:`fisherscope.objectives.Predictions` to a value per example.
         clip: Look only at the first batch where its loss is above ln V + 0.5 nats, beyond guessing; language models.
+        adaptive: Measure only as many points as it takes to predict the others, of 95 % of them within this share of
+            the loss, by cross-validation: 0.02. Language models beyond guessing need no accuracy, which implies
+            ``clip``. The points are measured in rounds, see :mod:`fisherscope.landscape.adaptive`.
         objective: As in :func:`fisherscope.estimate_fisher`.
         seed: Of random directions; axis k of replicate r is direction r * axes + k of the seed.
         strict: Refuse a mask that was made from other weights, instead of warning.
@@ -105,99 +105,111 @@ def scan_landscape(
     Raises:
         ValueError: If a number of points is even or below 3, 0 is not on the grid, ``axes`` is not 1, 2 or 3, a
             direction names no parameter or has another shape, nothing moves, no token is scored, a metric is unknown,
-            ``replicates`` are asked of given directions, or the checkpoint belongs to another scan.
+            ``replicates`` are asked of given directions, ``adaptive`` is no share, the checkpoint belongs to another
+            scan, or ranks were given different settings.
         MaskMismatch: If the mask belongs to another model.
     """
     objective = objective or infer_objective(model)
     check_head(model, objective)
-    _check_metrics(metrics)
-    space = None if isinstance(directions, str) and directions == "random" else _given(directions, model, axes)
+    _check_metrics(metrics, objective)
+    space = given_space(directions, model, axes)
     if replicates < 1 or (space and replicates > 1):
         found = f"got {replicates}" if replicates < 1 else f"got {replicates} of given directions, which are only one"
         raise ValueError(f"replicates must be at least 1, and only random directions have several; {found}.")
     steps = _grid(axes, points, span)
-    selected = mask.for_model(model, strict=strict) if mask is not None else None
-    if selected is not None and (resting := [n for n, _ in model.named_parameters() if n not in selected]):
-        logger.info("%d parameters are not in the mask and rest, for example '%s'.", len(resting), resting[0])
-    weights = None if scores is None else _scores_for(model, scores)
+    if adaptive is not None:
+        check_tolerance(adaptive)
+        clip = clip or is_language_model(objective)
+    moves = Moves(
+        model, axes, space, mask, scores, normalize, one_dimensional, match, orthogonal, seed=seed, strict=strict
+    )
     fixed = list(batches)
-
-    def moves_of(replicate: int) -> list[dict[str, Tensor]]:
-        options: dict[str, Any] = {"seed": seed, "normalize": normalize, "one_dimensional": one_dimensional}
-        whole = space.directions if space else random_directions(model, axes, **options, first=replicate * axes)
-        moves = [restrict(direction, selected) for direction in whole]
-        if mask is not None:
-            pairs = zip(moves, whole, strict=True)
-            moves = [matched(move, direction, mask.density, match, weights) for move, direction in pairs]
-        return orthogonalized(moves) if orthogonal else moves
-
-    def empty(replicate: int, moves: Sequence[Direction], **facts: Any) -> Landscape:
-        kinds = space.kinds if space else [KINDS[normalize]] * axes
-        grid_axes = tuple(map(_axis, range(axes), steps, moves, kinds))
-        shape = tuple(len(s) for s in steps)
-        counts = np.concatenate([num_scored(batch, objective).numpy() for batch in fixed]) if axes == 1 else None
-        return Landscape(
-            grid_axes,
-            np.full(shape, np.nan),
-            np.zeros(shape, dtype=bool),
-            _name(objective),
-            references,
-            mask.provenance.get("rule", "a mask") if mask is not None else "all entries",
-            metrics={metric_name(metric): np.full(shape, np.nan) for metric in metrics},
-            clipped=np.zeros(shape, dtype=bool) if clip else None,
-            examples=None if counts is None else np.full((*shape, len(counts)), np.nan),
-            counts=counts,
-            geometry=geometry_of(model, moves, weights, quadratic=_predicts_loss(scores, objective)),
-            **facts,
-        )
-
+    if not fixed:
+        raise ValueError("A landscape needs at least one batch, but there is none; check the data.")
     references = reference_losses(model, fixed, objective)
-    first = moves_of(0)
+    counts = np.concatenate([num_scored(batch, objective).cpu().numpy() for batch in fixed])
+    kept = counts if axes == 1 else None
+    names = [metric_name(metric) for metric in metrics]
+    title = mask.provenance.get("rule", "a mask") if mask is not None else "all entries"
+    about = (_name(objective), references, title)
+    first = moves.along()
     settings = {
         "span": span,
-        "seed": None if space else seed,
-        "directions": list(space.kinds) if space else KINDS[normalize],
-        "one_dimensional": one_dimensional,
-        "match": match,
-        "orthogonal": orthogonal,
+        **moves.settings,
         "replicates": replicates,
-        "metrics": [metric_name(metric) for metric in metrics],
+        "metrics": names,
         "clip": clip,
+        "adaptive": adaptive,
+        "tokens": int(counts.sum()),
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "moves": _fingerprint(first),
     }
     provenance = _provenance(model, batches, fixed, mask, objective, settings)
+    _check_same_on_all_ranks({**provenance, "points": [len(s) for s in steps]})
+
+    def empty(directions: Sequence[Direction]) -> Landscape:
+        geometry = geometry_of(model, directions, moves.weights, quadratic=_predicts_loss(scores, objective))
+        grid = tuple(map(_axis, range(axes), steps, directions, moves.kinds))
+        return _empty(grid, *about, provenance, names, clip, kept, geometry)
+
     if replicates == 1:
-        start = empty(0, first, provenance=provenance)
+        start = empty(first)
     else:
-        start = mean_of([empty(r, moves_of(r)) for r in range(replicates)], provenance=provenance)
+        start = mean_of([empty(moves.along(number)) for number in range(replicates)], provenance=provenance)
     ceiling = references["uniform"] + MARGIN if clip and "uniform" in references else None
+    path = Path(checkpoint) if checkpoint and distributed.is_first() else None
     with measuring(model), ExitStack() as stack:
-        logs = stack.enter_context(journals(Path(checkpoint) if checkpoint else None, start))
+        logs = _shared(stack.enter_context(journals(path, start)))
         done = sum(int(log.evaluated.sum()) for log in logs)
-        total = sum(log.loss.size for log in logs)
-        bar = stack.enter_context(progress_bar(total, "Landscape", "point", done=done, shown=progress))
-        markers: tuple[Marker, ...] = ()
+        total = sum(log.loss.size for log in logs) if adaptive is None else None
+        shown = progress and distributed.is_first()
+        bar = stack.enter_context(progress_bar(total, "Landscape", "point", done=done, shown=shown))
+        landscapes: list[Landscape] = []
         for replicate, log in enumerate(logs):
-            moves = first if replicate == 0 else moves_of(replicate)
-            evaluator = Evaluator(
-                model, fixed, objective, moves, metrics=metrics, keep_examples=axes == 1, ceiling=ceiling
-            )
-            with ExitStack() as restored:
-                restored.callback(evaluator.restore)
-                scan(evaluator, log, tick=bar.update)
-                markers = _measured(evaluator, space) if space else ()
-        found = [log.landscape for log in logs]
-    if replicates > 1:
-        return mean_of(found, provenance=provenance)
-    return replace(found[0], markers=markers, connected=bool(space and space.connected))
+            directions = first if replicate == 0 else moves.along(replicate)
+            options: dict[str, Any] = {"metrics": metrics, "keep_examples": kept is not None, "ceiling": ceiling}
+            with Evaluator(model, fixed, objective, directions, **options) as evaluator:
+                if adaptive is None:
+                    scan(evaluator, log, tick=bar.update)
+                    landscapes.append(log.landscape)
+                else:
+                    landscapes.append(scan_adaptively(evaluator, log, adaptive, ceiling=ceiling, bar=bar))
+                if space:
+                    markers, connected = _measured(evaluator, space), space.connected
+                    landscapes = [replace(landscapes[0], markers=markers, connected=connected)]
+    return landscapes[0] if replicates == 1 else mean_of(landscapes, provenance=provenance)
 
 
-def scan(
-    evaluate: Callable[[Iterable[tuple[float, ...]]], Iterator[Point]],
-    log: Journal,
-    *,
-    tick: Callable[[], object] = lambda: None,
-) -> None:
+def _empty(
+    axes: tuple[Axis, ...],
+    objective: str,
+    references: Mapping[str, float],
+    title: str,
+    provenance: storage.Provenance,
+    metrics: Sequence[str],
+    clip: bool,
+    counts: np.ndarray | None,
+    geometry: Geometry,
+) -> Landscape:
+    """A landscape with nothing measured yet; with counts, one that keeps the losses of examples."""
+    shape = tuple(len(axis.steps) for axis in axes)
+    return Landscape(
+        axes,
+        np.full(shape, np.nan),
+        np.zeros(shape, dtype=bool),
+        objective,
+        references,
+        title,
+        provenance,
+        metrics={name: np.full(shape, np.nan) for name in metrics},
+        clipped=np.zeros(shape, dtype=bool) if clip else None,
+        examples=None if counts is None else np.full((*shape, len(counts)), np.nan),
+        counts=counts,
+        geometry=geometry,
+    )
+
+
+def scan(evaluate: Evaluate, log: Journal, *, tick: Callable[[], object] = lambda: None) -> None:
     """Measure every grid point that is still missing, the last axis fastest.
 
     Knows nothing of models: the extension point for other ways to evaluate a point.
@@ -207,14 +219,76 @@ def scan(
         log: The grid, with the points measured so far; where points are recorded as they come.
         tick: Called after every point.
     """
-    axes = log.landscape.axes
     for row in np.ndindex(log.loss.shape[:-1]):
-        missing = [(*row, column) for column in range(log.loss.shape[-1]) if not log.evaluated[(*row, column)]]
-        for index, point in zip(missing, evaluate([_steps(axes, index) for index in missing]), strict=True):
-            log.record(index, point)
-            tick()
-        if missing:
-            log.flush()
+        measure(evaluate, log, [(*row, column) for column in range(log.loss.shape[-1])], tick=tick)
+
+
+def scan_adaptively(
+    evaluate: Evaluate, log: Journal, tolerance: float, *, ceiling: float | None = None, bar: Any = None
+) -> Landscape:
+    """Measure the grid points that are needed to predict the others within a tolerance.
+
+    Args:
+        evaluate: As in :func:`scan`.
+        log: As in :func:`scan`.
+        tolerance: What 95 % of the predicted losses may be off, relative to the loss.
+        ceiling: Losses above need no accuracy.
+        bar: A progress bar; its total is what is known to be needed, round by round.
+
+    Returns:
+        The landscape with the predictions, and what is known about their errors.
+    """
+
+    def measured(chosen: Sequence[Index]) -> np.ndarray:
+        missing = [index for index in chosen if not log.evaluated[index]]
+        if bar is not None:
+            bar.total = bar.n + len(missing)
+            bar.refresh()
+        for start in range(0, len(missing), AT_ONCE):
+            measure(
+                evaluate, log, missing[start : start + AT_ONCE], tick=bar.update if bar is not None else lambda: None
+            )
+        return log.loss
+
+    filled = measure_adaptively(measured, log.landscape.centre, log.loss.shape, tolerance, ceiling)
+    prediction = filled.prediction
+    if distributed.is_first():
+        logger.info(
+            "Measured %d of %d points; 95 %% of the others are predicted within %.2g %% of the loss, by "
+            "cross-validation.",
+            prediction.measured,
+            filled.loss.size,
+            100 * prediction.percentile95,
+        )
+    return replace(log.landscape, loss=filled.loss, prediction=prediction)
+
+
+def measure(evaluate: Evaluate, log: Journal, indices: Sequence[Index], *, tick: Callable[[], object]) -> None:
+    """Measure those of some grid points that are still missing, every rank its share, and record them everywhere."""
+    missing = [index for index in indices if not log.evaluated[index]]
+    if not missing:
+        return
+    ranks = distributed.world_size()
+    mine = missing[distributed.rank() :: ranks]
+    found = evaluate([_steps(log.landscape.axes, index) for index in mine])
+    if ranks > 1:
+        shares = distributed.all_say(list(found))
+        found = (shares[number % ranks][number // ranks] for number in range(len(missing)))
+    for index, point in zip(missing, found, strict=True):
+        log.record(index, point)
+        tick()
+    log.flush()
+
+
+def _shared(logs: Sequence[Journal]) -> Sequence[Journal]:
+    """The journals of rank 0, which alone has the file; copies in memory on the other ranks."""
+    before = distributed.first_says([log.landscape for log in logs])
+    return logs if distributed.is_first() else [Journal(landscape) for landscape in before]
+
+
+def _check_same_on_all_ranks(facts: Mapping[str, Any]) -> None:
+    if found := storage.difference(distributed.first_says(facts), facts):
+        raise ValueError(f"All ranks share one scan, but rank {distributed.rank()} was given another {found}.")
 
 
 def _steps(axes: Sequence[Axis], index: tuple[int, ...]) -> tuple[float, ...]:
@@ -239,7 +313,7 @@ def _grid(axes: int, points: int | Sequence[int], span: float | Sequence[tuple[f
     if len(counts) != axes:
         raise ValueError(f"points must be one number or one per axis ({axes}), got {counts}.")
     if isinstance(span, Sequence):
-        if len(span) != axes:
+        if len(span) != axes or not all(isinstance(ends, Sequence) and len(ends) == 2 for ends in span):
             raise ValueError(f"span must be one number, or a pair (lowest, highest) per axis ({axes}), got {span}.")
         return [_between(count, *map(float, ends)) for count, ends in zip(counts, span, strict=True)]
     for count in counts:
@@ -272,50 +346,29 @@ def _between(count: int, low: float, high: float) -> np.ndarray:
     return (high - low) / (count - 1) * (np.arange(count) - round(zero))
 
 
-def _check_metrics(metrics: Sequence[Metric]) -> None:
-    if wrong := next((m for m in metrics if isinstance(m, str) and m not in METRICS), None):
-        raise ValueError(f"A metric is one of {', '.join(METRICS)}, or a function of predictions; got {wrong!r}.")
-
-
-def _given(directions: Literal["random"] | Sequence[Direction] | Subspace, model: nn.Module, axes: int) -> Subspace:
-    if isinstance(directions, Subspace):
-        found = f"{len(directions.directions)} directions"
-        space = directions
-    else:
-        mappings = not isinstance(directions, str) and all(isinstance(d, Mapping) for d in directions)
-        found = f"{len(directions)} directions" if mappings else repr(directions)[:40]
-        space = Subspace(tuple(directions), ("given",) * len(directions)) if mappings else None
-    if space is None or len(space.directions) != axes:
-        raise ValueError(f"directions must be 'random' or one mapping per axis ({axes}), got {found}.")
-    parameters = dict(model.named_parameters())
-    for direction in space.directions:
-        for name, tensor in direction.items():
-            if name not in parameters or parameters[name].shape != tensor.shape:
-                found = "no such parameter" if name not in parameters else f"shape {tuple(parameters[name].shape)}"
-                raise ValueError(f"A direction has '{name}' of shape {tuple(tensor.shape)}, but the model has {found}.")
-    return space
-
-
-def _scores_for(model: nn.Module, scores: FisherScores) -> dict[str, Tensor]:
-    """The scores under the model's names, on its device; 0 where the model has a parameter that they lack."""
-    prefix = scores.provenance.get("model", {}).get("prefix", backbone_prefix(model))
-    if difference := find_difference(scores, prefix, model):
-        raise ValueError(f"The scores do not fit this model: {difference}.")
-    own = align(scores, prefix, model)
-    return {n: own[n].to(p.device) if n in own else p.detach().new_zeros(p.shape) for n, p in model.named_parameters()}
+def _check_metrics(metrics: Sequence[Metric], objective: str | LossFunction) -> None:
+    fitting = () if callable(objective) else REGRESSION if objective == "regression" else CLASSIFICATION
+    if wrong := next((m for m in metrics if isinstance(m, str) and m not in fitting), None):
+        known = f"one of {', '.join(fitting)}, or " if fitting else ""
+        raise ValueError(f"A metric of {_name(objective)} is {known}a function of predictions; got {wrong!r}.")
+    names = [metric_name(metric) for metric in metrics]
+    if wrong := next((name for name in names if names.count(name) > 1 or "/" in name), None):
+        raise ValueError(f"Every metric needs a name of its own, without '/'; rename the function {wrong!r}.")
 
 
 def _predicts_loss(scores: FisherScores | None, objective: str | LossFunction) -> bool:
     """Whether half the Fisher norm squared is the second-order term of the loss, up to what a diagonal leaves out."""
-    return scores is not None and (scores.unit == "token" or not is_language_model(objective))
+    if scores is None or scores.estimator not in ("empirical", "sampled", "exact"):
+        return False
+    return scores.unit == "token" or callable(objective) or objective in LABELLED_OBJECTIVES
 
 
 def _axis(number: int, steps: np.ndarray, move: Mapping[str, Tensor], kind: str) -> Axis:
     entries = {name: int(t.count_nonzero()) for name, t in move.items()}
     if not sum(entries.values()):
         raise ValueError(
-            "Nothing moves: the mask selects only entries whose direction is 0; select others, or let biases and norms "
-            "move with one_dimensional='scale'."
+            f"Nothing moves along axis {number}: the direction is 0, or the mask selects only entries where it is; "
+            "select others, or let biases and norms move with one_dimensional='scale'."
         )
     size = norm(list(move.values()))
     return Axis(f"axis{number}", steps, size, sum(entries.values()), kind, sum(map(bool, entries.values())))

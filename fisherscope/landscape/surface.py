@@ -85,15 +85,15 @@ class Marker:
 class Prediction:
     """How points that were not measured were filled in, and how far off they may be.
 
-    The error of a point is abs(predicted - true) / true, estimated by cross-validation over the measured points,
-    of those below the ceiling.
+    The error of a point is abs(predicted - true) / true, or relative to the range of the losses where some are not
+    positive. It is estimated by leaving out each of the measured points, of those below the ceiling.
 
     Attributes:
         tolerance: What the 95th percentile of the errors was to be.
         median: Estimated median of the errors.
         percentile95: Estimated 95th percentile.
         maximum: The largest error found.
-        measured: Number of points that were measured.
+        measured: Number of points that were measured, of all replicates together.
     """
 
     tolerance: float
@@ -178,6 +178,11 @@ class Landscape:
             raise ValueError(f"A landscape with axes of {grid} points has {wrong} of shape {others[wrong].shape}.")
         if self.examples is not None and (self.counts is None or self.examples.shape != (*grid, *self.counts.shape)):
             raise ValueError(f"The losses of examples need their counts and shape (*{grid}, examples).")
+        grams = (self.geometry.inner, self.geometry.fisher) if self.geometry else ()
+        if any(gram is not None and gram.shape != (len(grid),) * 2 for gram in grams):
+            raise ValueError(f"The inner products of {len(grid)} directions are a square of that size.")
+        if wrong := next((marker.name for marker in self.markers if len(marker.steps) != len(grid)), None):
+            raise ValueError(f"The marker {wrong!r} needs one step per axis.")
 
     def __repr__(self) -> str:
         """One line for notebooks."""
@@ -205,9 +210,14 @@ class Landscape:
 
     def save(self, path: str | Path) -> None:
         """Write an HDF5 file with dimension scales, complete or not at all."""
-        with storage.atomic(path) as temporary, h5py.File(temporary, "w") as file:
-            storage.write_header(file, FORMAT, self.provenance)
-            _write(file, self)
+        with storage.atomic(path) as temporary, storage.writing(path):
+            # made in memory: HDF5 cannot close a file that the disk has no room for
+            with h5py.File(temporary, "w", driver="core", backing_store=False) as file:
+                storage.write_header(file, FORMAT, self.provenance)
+                _write(file, self)
+                file.flush()
+                image = file.id.get_file_image()
+            temporary.write_bytes(image)
 
     @staticmethod
     def load(path: str | Path) -> "Landscape":
@@ -224,6 +234,8 @@ class Landscape:
 def mean_of(replicates: Sequence[Landscape], **facts: Any) -> Landscape:
     """The mean of landscapes on one grid along different directions, and all of them.
 
+    The relative error of a mean is at most the largest of its parts'; what is said of its predictions is that.
+
     Args:
         replicates: The landscapes; a point counts as evaluated where all of them are.
         facts: Other attributes of the result; by default those of the first.
@@ -237,13 +249,22 @@ def mean_of(replicates: Sequence[Landscape], **facts: Any) -> Landscape:
     shared = {name: getattr(first, name) for name in ("objective", "references", "title", "provenance", "measures")}
     return Landscape(
         first.axes,
-        mean([r.loss for r in replicates]),
+        np.mean([r.loss for r in replicates], axis=0),  # NaN where one is neither measured nor predicted
         evaluated,
         **{**shared, **facts},
         metrics={name: mean([r.metrics[name] for r in replicates]) for name in first.metrics},
         geometry=first.geometry,
         replicates=tuple(replicates),
+        prediction=_worst([r.prediction for r in replicates if r.prediction]),
     )
+
+
+def _worst(predictions: Sequence[Prediction]) -> Prediction | None:
+    if not predictions:
+        return None
+    errors = ("median", "percentile95", "maximum")
+    largest = {name: max(getattr(p, name) for p in predictions) for name in errors}
+    return replace(predictions[0], **largest, measured=sum(p.measured for p in predictions))
 
 
 def _write(group: h5py.Group, landscape: Landscape) -> None:
@@ -281,7 +302,7 @@ def _write(group: h5py.Group, landscape: Landscape) -> None:
 def _read(group: h5py.Group) -> Landscape:
     try:
         return _landscape(group, storage.attributes(group))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         path = group.file.filename
         raise storage.WrongFile(f"{path} is not a complete landscape ({error}); make it again.") from error
 
@@ -304,7 +325,7 @@ def _landscape(group: h5py.Group, attributes: Mapping[str, Any]) -> Landscape:
         arrays["loss"],
         arrays["evaluated"].astype(bool),
         str(attributes["objective"]),
-        facts["references"],
+        dict(facts["references"]),
         str(attributes["title"]),
         provenance,
         {name: np.asarray(array) for name, array in group.get("metrics", {}).items()},
@@ -313,7 +334,7 @@ def _landscape(group: h5py.Group, attributes: Mapping[str, Any]) -> Landscape:
         markers=tuple(Marker(**{**marker, "steps": tuple(marker["steps"])}) for marker in facts["markers"]),
         connected=bool(json.loads(attributes["connected"])),
         prediction=Prediction(**facts["prediction"]) if facts["prediction"] else None,
-        measures=facts["measures"],
+        measures=dict(facts["measures"]),
     )
 
 
@@ -339,6 +360,8 @@ class Journal:
         for name in ("clipped", "examples"):
             if (array := getattr(landscape, name)) is not None:
                 self._others[name] = array.copy()
+        names = ("loss", "evaluated", *self._others)  # kept open: HDF5 hides errors of data sets that it closes
+        self._stored: dict[str, Any] = {} if group is None else {name: group[name] for name in names}
 
     def record(self, index: tuple[int, ...], point: Point) -> None:
         """Keep what was measured at one point."""
@@ -347,17 +370,20 @@ class Journal:
         arrays = {"loss": self.loss, **self._others}
         for name, array in arrays.items():
             array[index] = values[name]
-            if self._group is not None:
-                self._group[name][index] = values[name]  # pyright: ignore[reportIndexIssue]
-        self.evaluated[index] = True  # last: what a killed process left marked is there
+        self.evaluated[index] = True
         if self._group is not None:
-            self._group["evaluated"][index] = True  # pyright: ignore[reportIndexIssue]
+            with storage.writing(self._group.file.filename):
+                for name in arrays:
+                    self._stored[name][index] = values[name]
 
     def flush(self) -> None:
         """Make everything recorded so far survive a killed process."""
         if self._group is not None:
-            self._group.file.flush()
-            os.fsync(self._group.file.id.get_vfd_handle())
+            with storage.writing(self._group.file.filename):
+                self._group.file.flush()
+                self._stored["evaluated"][...] = self.evaluated  # last: what a killed process left marked is there
+                self._group.file.flush()
+                os.fsync(self._group.file.id.get_vfd_handle())
 
     @property
     def landscape(self) -> Landscape:
@@ -376,6 +402,7 @@ def journals(path: Path | None, empty: Landscape) -> Iterator[list[Journal]]:
     Raises:
         ValueError: If the file was begun with other settings; names the first that differs.
         WrongFile: If it is no landscape.
+        OSError: If it cannot be written, or another process writes to it.
     """
     if path is None:
         yield [Journal(part) for part in empty.replicates or (empty,)]
@@ -386,17 +413,32 @@ def journals(path: Path | None, empty: Landscape) -> Iterator[list[Journal]]:
         empty.save(path)
     refused = False
     try:
-        with h5py.File(path, "r+") as file:
+        with _opened(path) as file:
             groups = [file[f"replicates/{number}"] for number in range(len(empty.replicates))] or [file]
             opened = [Journal(_read(group), group) for group in groups]  # pyright: ignore[reportArgumentType]
             try:
                 yield opened
-            except ValueError:
+            except (ValueError, ConnectionError):  # here, or on another rank
                 refused = not any(journal.evaluated.any() for journal in opened)
                 raise
+            finally:
+                for journal in opened:
+                    journal.flush()
     finally:
         if refused:
             path.unlink()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[h5py.File]:
+    """For writing; what cannot be opened or closed is told in one sentence."""
+    with storage.writing(path):
+        file = h5py.File(path, "r+")
+    try:
+        yield file
+    finally:
+        with storage.writing(path):
+            file.close()
 
 
 def _check_same_scan(path: Path, before: Landscape, now: Landscape) -> None:

@@ -15,35 +15,126 @@ from .. import storage
 from ..landscape import Landscape
 from ..masks import Mask
 from ..scores import FisherScores
-from ._prepare import By, Metric, Titles
+from ._prepare import By, Titles, Width, as_sequence
 from ._prepare_comparison import compared
 from ._prepare_landscapes import panels
-from ._prepare_scores import layers, sorted_lines, stability_lines
+from ._prepare_scores import layers, parameter_lines, sorted_lines, stability_lines
 from ._prepare_sites import sites_shown
 
 if TYPE_CHECKING:
     from ..finetune.methods.guided_dropout import GuidedSite
 
-__all__ = ["comparison", "contour", "curves", "dropout_sites", "layer_scores", "sorted_scores", "stability", "surface"]
+__all__ = [
+    "comparison",
+    "contour",
+    "curves",
+    "dropout_sites",
+    "layer_scores",
+    "page",
+    "parameter_scores",
+    "sorted_scores",
+    "stability",
+    "surface",
+    "volume",
+]
 
 SUFFIXES = {".pdf": "_matplotlib", ".png": "_matplotlib", ".svg": "_matplotlib", ".html": "_plotly"}
 """The backend of every kind of file."""
 
 
 def surface(
-    landscapes: Landscape | Sequence[Landscape], out: str | Path, *, metric: Metric = "loss", titles: Titles = None
+    landscapes: Landscape | Sequence[Landscape],
+    out: str | Path,
+    *,
+    metric: str = "loss",
+    titles: Titles = None,
+    width: Width = None,
 ) -> Path:
     """Draw landscapes of two axes as 3-D surfaces.
 
     All panels share one colour scale, one height and one camera; θ marks the model itself. Landscapes of language
     models are cut half a nat above ln V, the loss of guessing; others where a few extreme points would flatten the
     rest. The figure says where, and how many points lie above. Points that are infinite, not a number or not yet
-    measured are holes.
+    measured are holes. Other models in the landscape are dots at the height of the surface, joined if they are a path.
 
     Args:
         landscapes: One, or several that become panels.
         out: The file to write; its suffix is one of ``.pdf .png .svg .html``.
-        metric: ``"loss"``, or ``"perplexity"`` (language models), which is the same picture labelled exp(loss).
+        metric: ``"loss"``; ``"perplexity"`` (language models), which is the same picture labelled exp(loss); or the
+            name of another surface that all the landscapes have, which is drawn uncut and without reference lines.
+        titles: One per landscape; None says what moves.
+        width: Of print: ``"one-column"`` (3.3 inches), ``"two-column"`` (6.9), or None for what the panels need.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        TypeError: If something else than landscapes was given.
+        ValueError: If the suffix is unknown, a page in a browser is given a width, the landscapes have another number
+            of axes or different objectives, no point is finite, there is no perplexity, or they lack the metric.
+    """
+    draw = _backend(out)
+    _check_width(width, out)
+    return _save(draw.surface(panels(landscapes, metric, titles, axes=2, plot="surface", width=width)), out)
+
+
+def contour(
+    landscapes: Landscape | Sequence[Landscape],
+    out: str | Path,
+    *,
+    metric: str = "loss",
+    titles: Titles = None,
+    width: Width = None,
+) -> Path:
+    """Draw landscapes of two axes as filled contour maps on one colour scale, logarithmic in the loss.
+
+    θ marks the model itself. ln V (the loss of guessing) and the unigram entropy are drawn as labelled lines where the
+    losses cross them. Other models in the plane are marked by name, joined by arrows if they are a path; below stands
+    their loss, beside that of the nearest point of the plane, which is what the map shows. Where points are predicted,
+    the measured ones are dots. Landscapes of three axes become three slices through the model. Cutting, arguments and
+    errors are those of :func:`surface`; the part that is cut is grey.
+    """
+    draw = _backend(out)
+    _check_width(width, out)
+    drawn = panels(landscapes, metric, titles, axes=2, plot="contour", slices=True, width=width)
+    return _save(draw.contour(drawn), out)
+
+
+def curves(
+    landscapes: Landscape | Sequence[Landscape],
+    out: str | Path,
+    *,
+    metric: str = "loss",
+    titles: Titles = None,
+    width: Width = None,
+) -> Path:
+    """Draw landscapes of one axis as lines in one pair of axes.
+
+    ln V (the loss of guessing) and the unigram entropy are horizontal lines where they lie in the range of the losses.
+    Replicates are a band, the 95 % interval of their mean, and thin lines where they are few. What Fisher scores
+    predict, L(0) + ½ s² dᵀFd, is dotted. Cutting, arguments and errors are those of :func:`surface`.
+    """
+    draw = _backend(out)
+    _check_width(width, out)
+    return _save(draw.curves(panels(landscapes, metric, titles, axes=1, plot="curves", width=width)), out)
+
+
+def page(
+    landscapes: Landscape | Sequence[Landscape], out: str | Path, *, metric: str = "loss", titles: Titles = None
+) -> Path:
+    """Make one HTML page to explore landscapes of two axes: a contour map, a surface, and cuts through a point.
+
+    A cross-hair on the map follows the pointer, is held by a click and moved by the arrow keys; the point on the
+    surface and the cuts along both axes follow it. Several landscapes share one scale: buttons choose among them, and
+    the cuts show them all. The loss can be shown on a logarithmic scale, or as perplexity, or another metric of the
+    landscapes. Points that have no number are holes, those of an adaptive scan that were measured are dotted, other
+    models are marked with their own loss. Of one axis, the page has the curves, with bands over random directions.
+    A table says what moves, how far, and where the numbers come from. The file needs no network.
+
+    Args:
+        landscapes: One, or several.
+        out: The file to write; its suffix is ``.html``.
+        metric: What is shown first: ``"loss"``, ``"perplexity"`` (language models) or the name of a metric.
         titles: One per landscape; None says what moves.
 
     Returns:
@@ -51,35 +142,43 @@ def surface(
 
     Raises:
         TypeError: If something else than landscapes was given.
-        ValueError: If the suffix is unknown, the landscapes have another number of axes or different objectives, no
-            point is finite, or there is no perplexity.
+        ValueError: If the suffix is another, the landscapes have more than two axes, different numbers of axes or
+            different objectives, no point is finite, or there is no such metric.
     """
-    draw = _backend(out)
-    return _save(draw.surface(panels(landscapes, metric, titles, axes=2, plot="surface")), out)
+    _check_html(out)
+    from . import _page  # here, as plotly is only imported to draw
+
+    with storage.atomic(out) as temporary:
+        temporary.write_text(_page.document(as_sequence(landscapes, Landscape, "page"), metric, titles), "utf-8")
+    return Path(out)
 
 
-def contour(
-    landscapes: Landscape | Sequence[Landscape], out: str | Path, *, metric: Metric = "loss", titles: Titles = None
-) -> Path:
-    """Draw landscapes of two axes as filled contour maps on one colour scale.
+def volume(landscape: Landscape, out: str | Path, *, metric: str = "loss", titles: Titles = None) -> Path:
+    """Make one HTML page with a landscape of three axes: nested surfaces of equal loss, or slices that can be moved.
 
-    θ marks the model itself. ln V (the loss of guessing) and the unigram entropy are drawn as labelled lines where the
-    losses cross them. Cutting, arguments and errors are those of :func:`surface`; the part that is cut is grey.
+    The box is cut where :func:`surface` is. Points that have no number are holes.
+
+    Args:
+        landscape: Of three axes.
+        out: The file to write; its suffix is ``.html``.
+        metric: As for :func:`surface`.
+        titles: The title; None says what moves.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        TypeError: If something else than a landscape was given.
+        ValueError: If the suffix is another, the landscape has not three axes, no point is finite, or there is no such
+            metric.
     """
-    draw = _backend(out)
-    return _save(draw.contour(panels(landscapes, metric, titles, axes=2, plot="contour")), out)
+    _check_html(out)
+    from . import _plotly, _volume  # here, as plotly is only imported to draw
 
-
-def curves(
-    landscapes: Landscape | Sequence[Landscape], out: str | Path, *, metric: Metric = "loss", titles: Titles = None
-) -> Path:
-    """Draw landscapes of one axis as lines in one pair of axes.
-
-    ln V (the loss of guessing) and the unigram entropy are horizontal lines where they lie in the range of the losses.
-    Cutting, arguments and errors are those of :func:`surface`.
-    """
-    draw = _backend(out)
-    return _save(draw.curves(panels(landscapes, metric, titles, axes=1, plot="curves")), out)
+    with storage.atomic(out) as temporary:
+        drawn = panels([landscape], metric, titles, axes=3, plot="volume")
+        _plotly.save(_volume.volume(drawn.panels[0], drawn.scale, drawn.notes), temporary, ".html")
+    return Path(out)
 
 
 def sorted_scores(
@@ -112,6 +211,27 @@ def sorted_scores(
     """
     draw = _backend(out)
     return _save(draw.sorted_scores(sorted_lines(scores, by, normalized, titles)), out)
+
+
+def parameter_scores(scores: FisherScores | Sequence[FisherScores], out: str | Path, *, titles: Titles = None) -> Path:
+    """Draw the mean score of the entries of every parameter, in the model's order, on a logarithmic axis.
+
+    The counterpart of figures 6 to 8 of arXiv 2406.14005. Parameters drawn at random are left out.
+
+    Args:
+        scores: One, or several that become curves.
+        out: The file to write; its suffix is one of ``.pdf .png .svg .html``.
+        titles: One per curve; None says which model.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        TypeError: If something else than scores was given.
+        ValueError: If the suffix is unknown, the scores have different units, or all scores of a curve are 0.
+    """
+    draw = _backend(out)
+    return _save(draw.sorted_scores(parameter_lines(scores, titles)), out)
 
 
 def layer_scores(scores: FisherScores | Sequence[FisherScores], out: str | Path, *, titles: Titles = None) -> Path:
@@ -209,6 +329,16 @@ def _backend(out: str | Path) -> ModuleType:
     if suffix not in SUFFIXES:
         raise ValueError(f"A figure ends in one of {' '.join(SUFFIXES)}, got {Path(out).name!r}; rename the output.")
     return importlib.import_module(f".{SUFFIXES[suffix]}", __name__)
+
+
+def _check_width(width: str | None, out: str | Path) -> None:
+    if width is not None and SUFFIXES[Path(out).suffix.lower()] == "_plotly":
+        raise ValueError(f"width is of print, and a page in a browser fills its window; leave it out, got {width!r}.")
+
+
+def _check_html(out: str | Path) -> None:
+    if Path(out).suffix.lower() != ".html":
+        raise ValueError(f"A page to explore ends in .html, got {Path(out).name!r}; rename the output.")
 
 
 def _save(figure: Any, out: str | Path) -> Path:

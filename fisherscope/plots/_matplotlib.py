@@ -1,5 +1,6 @@
 """Figures for print, by matplotlib, made without pyplot, so that nothing global changes."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,19 +10,23 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.colors import Colormap, LogNorm, Normalize
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import (
     EngFormatter,
     FormatStrFormatter,
+    FuncFormatter,
     LogFormatterSciNotation,
     LogLocator,
     MaxNLocator,
     NullFormatter,
 )
+from matplotlib.transforms import Bbox
 from mpl_toolkits.mplot3d.art3d import Poly3DCollection
 
 from .._typing import Float
+from ..landscape.surface import Marker
 from ._matplotlib_layout import (
     BODY,
     COLUMN,
@@ -29,12 +34,15 @@ from ._matplotlib_layout import (
     PAGE,
     QUIET,
     STYLE,
+    TITLE,
     Page,
     Single,
+    colour_norm,
     outline,
     set_ticks,
     text_height,
     text_width,
+    wrapped,
 )
 from ._prepare import (
     COLOURS,
@@ -50,6 +58,7 @@ from ._prepare import (
     decades,
     spread,
 )
+from ._prepare_landscapes import marker_notes
 
 __all__ = [
     "comparison",
@@ -65,17 +74,29 @@ __all__ = [
 
 LEVELS = 20  # bands of a contour map
 HEIGHT = 0.6  # of the box around a surface, by its sides
+FEW = 10  # replicates that are drawn one by one
 
 _ABOVE = "0.82"  # grey, where a map is cut
+_MARKER = COLOURS[1]  # of other models: stands out from all colours of a map, and from white
+_DOTS = (0, (1, 1.2))
 _LIGHT = np.array([-0.50, -0.40, 0.77])  # towards the light, in a box whose sides are about 1
 
 
 @matplotlib.rc_context(STYLE)
 def surface(panels: Panels) -> Figure:
     """One 3-D surface per landscape, from one camera, cut where the scale ends."""
-    page = Page(panels, most=3, aspect=0.72, left=0.08, between=0.05, below=0.36)
+    kinds = [dict.fromkeys(panel.labels[k] for panel in panels.panels) for k in (0, 1)]
+    names = [
+        f"direction {k}: {' / '.join(each)}"
+        for k, each in enumerate(kinds, 1)
+        if f"step along direction {k}" not in each
+    ]
+    page = Page(panels, most=3, aspect=0.72, left=0.08, between=0.05, below=0.36, notes=[*names, *marker_notes(panels)])
+    step = "step along " if page.panel_width > 2 else ""  # long labels would meet those of the next box
     for panel, axes in page.axes(projection="3d", computed_zorder=False):
         _draw_surface(axes, panel, panels.scale)
+        axes.set_xlabel(f"{step}direction 1", labelpad=-5)
+        axes.set_ylabel(f"{step}direction 2", labelpad=-5)
     return page.finished(_colours())
 
 
@@ -83,26 +104,35 @@ def surface(panels: Panels) -> Figure:
 def contour(panels: Panels) -> Figure:
     """One filled contour map per landscape; grey where the scale ends, hatched where there is no number."""
     grids = [panel.steps for panel in panels.panels]
-    labels = max(text_width(text) for _, y in grids for _, text in _step_ticks(y)) + 0.1
-    is_shared = len({tuple(step for steps in grid for step in steps[[0, -1]]) for grid in grids}) == 1
-    aspect = min(1.5, max(float(np.ptp(y) / np.ptp(x)) for x, y in grids))
+    numbers = max(text_width(text) for _, y in grids for _, text in _step_ticks(y)) + 0.1
+    is_shared = len({(panel.labels[1], *panel.steps[1][[0, -1]]) for panel in panels.panels}) == 1
+    is_isometric = all(panel.is_isometric for panel in panels.panels)
+    x_labels, y_labels = ([_short_lines(panel.labels[k]) for panel in panels.panels] for k in (0, 1))
+    y_label = 0.06 + max(map(text_height, y_labels))
     is_full = all(np.isfinite(panel.losses).all() for panel in panels.panels)
+    notes = ["dots: points that were measured"] if any(p.measured is not None for p in panels.panels) else []
     page = Page(
         panels,
         most=4,
-        aspect=aspect,
-        left=labels + 0.17,
-        between=0.12 if is_shared else labels,
-        below=0.42,
-        notes=() if is_full else ("hatched where there is no number",),
+        aspect=min(1.5, max(float(np.ptp(y) / np.ptp(x)) for x, y in grids)) if is_isometric else 1.0,
+        left=numbers + y_label,
+        between=0.12 if is_shared else numbers + (0.0 if len(set(y_labels)) == 1 else y_label),
+        below=0.30 + max(map(text_height, x_labels)),
+        above=0.0 if panels.relative is None else 0.33,
+        notes=(*marker_notes(panels), *notes, *([] if is_full else ["hatched where there is no number"])),
     )
     for number, (panel, axes) in enumerate(page.axes()):
+        axes.set_aspect("equal" if is_isometric else "auto")
         _draw_contour(axes, panel, panels.scale)
-        axes.set_xlabel("step along direction 1")
-        if number % page.across == 0:
-            axes.set_ylabel("step along direction 2", labelpad=1)
+        axes.set_xlabel(x_labels[number])
+        if number % page.across == 0 or len(set(y_labels)) > 1:
+            axes.set_ylabel(y_labels[number], labelpad=1)
         elif is_shared:
             axes.set_yticklabels([])
+        if panels.relative is not None:
+            top = _add_relative_axis(axes, panels.relative)
+            set_ticks(top.xaxis, [(panels.relative * step, text) for step, text in _relative_ticks(axes, panels)])
+            _turn_inwards(top)
     return page.finished(_colours(LEVELS))
 
 
@@ -110,18 +140,30 @@ def contour(panels: Panels) -> Figure:
 def curves(panels: Panels) -> Figure:
     """All landscapes of one axis as lines in one pair of axes."""
     scale = panels.scale
-    single = Single([f"{panel.title}\n{', '.join(panel.notes)}" for panel in panels.panels], panels.notes)
-    for number, panel in enumerate(panels.panels):
-        single.axes.plot(panel.steps[0], panel.losses, **single.style(number))
-        if panel.centre is not None:
-            single.axes.plot(0, panel.centre, "o", color="black", markersize=2.5, zorder=5)
-    ends = [step for panel in panels.panels for step in panel.steps[0]]
+    are_few = sum(len(panel.replicates) for panel in panels.panels) <= FEW
+    single = Single(
+        [f"{panel.title}\n{', '.join(panel.notes)}" for panel in panels.panels],
+        (*panels.notes, *_curve_notes(panels, are_few), *marker_notes(panels)),
+        height=1.9 if panels.width != "two-column" else 2.5,
+        above=0.0 if panels.relative is None else 0.33,
+        width=panels.width,
+    )
     margin = 0.05 * (scale.high - scale.low)
-    single.axes.set(xlabel="step along direction 1", ylabel=scale.label, xlim=(min(ends), max(ends)))
+    ends = [step for panel in panels.panels for step in panel.steps[0]]
+    single.axes.set(xlim=(min(ends), max(ends)))
     single.axes.set_ylim(scale.low - margin, scale.high + (0 if scale.is_cut else margin))
+    for number, panel in enumerate(panels.panels):
+        _draw_curve(single.axes, panel, single.style(number), are_few)
+    labels = list(dict.fromkeys(panel.labels[0] for panel in panels.panels))
+    single.axes.set(xlabel=labels[0] if len(labels) == 1 else "step along the direction", ylabel=scale.label)
     for reference in panels.references:
         _mark_level(single.axes, reference)
     set_ticks(single.axes.yaxis, scale.ticks)
+    single.axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: _step_text(step)))
+    if panels.relative is not None:
+        top = _add_relative_axis(single.axes, panels.relative)
+        top.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], symmetric=True))
+        top.xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{abs(size):g}"))
     return single.finished()
 
 
@@ -276,7 +318,7 @@ def _cut(corners: Float[np.ndarray, "corners 3"], ceiling: float) -> Float[np.nd
 
 
 def _draw_histogram(single: Single, histogram: Histogram) -> None:
-    x_label, y_label = (single.wrapped(label, 1.9) for label in histogram.labels)
+    x_label, y_label = (wrapped(label, 1.9) for label in histogram.labels)
     left, top = 0.45 + text_height(y_label), single.above
     side = single.beside - left - 0.65
     axes = single.place(left, top, side, side)
@@ -309,13 +351,12 @@ def _draw_surface(axes: Any, panel: Panel, scale: Scale) -> None:
         axes.add_collection3d(
             Poly3DCollection(polygons, facecolors=colours, edgecolors=edges, linewidths=0.2, rasterized=True)
         )
+    _draw_path_3d(axes, panel, scale)
     _mark_centre_3d(axes, panel, scale)
     axes.view_init(elev=36, azim=-52)
     axes.set_box_aspect((1, 1, HEIGHT), zoom=1.05)
     axes.patch.set_visible(False)
     axes.tick_params(pad=-3)
-    axes.set_xlabel("step along direction 1", labelpad=-5)
-    axes.set_ylabel("step along direction 2", labelpad=-5)
     for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
         axis.set_pane_color("0.97")
         axis.line.set(color="0.5", linewidth=0.5)
@@ -325,7 +366,9 @@ def _draw_surface(axes: Any, panel: Panel, scale: Scale) -> None:
     set_ticks(axes.zaxis, scale.box_ticks)
     axes.tick_params(axis="z", pad=24 * max(text_width(text) for _, text in scale.box_ticks) - 4.5)  # texts are centred
     axes.set_zlim(scale.low, scale.high)
-    axes.text(x[-1], y[-1], scale.high, f"{scale.metric}\n", ha="center", va="bottom", linespacing=0.5)
+    axes.text(
+        x[-1], y[-1], scale.high, f"{scale.metric.replace('_', ' ')}\n", ha="center", va="bottom", linespacing=0.5
+    )
 
 
 def _shaded(polygons: Sequence[np.ndarray], box: np.ndarray, scale: Scale) -> np.ndarray:
@@ -334,7 +377,7 @@ def _shaded(polygons: Sequence[np.ndarray], box: np.ndarray, scale: Scale) -> np
     normals = np.array([np.cross(p / box, np.roll(p / box, -1, axis=0)).sum(axis=0) for p in polygons])
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
     brightness = 0.75 + 0.25 * np.clip(normals @ _LIGHT, 0, 1)
-    return _colours()(Normalize(scale.low, scale.high)(heights))[:, :3] * brightness[:, None]
+    return _colours()(colour_norm(scale)(heights))[:, :3] * brightness[:, None]
 
 
 def _mark_centre_3d(axes: Any, panel: Panel, scale: Scale) -> None:
@@ -343,28 +386,182 @@ def _mark_centre_3d(axes: Any, panel: Panel, scale: Scale) -> None:
     top = panel.centre + 0.45 * (scale.high - scale.low)
     axes.plot([0, 0], [0, 0], [panel.centre, top], color="black", linewidth=0.6, zorder=10)
     axes.plot([0], [0], [panel.centre], "o", color="black", markersize=2, zorder=10)
-    axes.text(0, 0, top, "θ", ha="center", va="bottom", zorder=11, path_effects=outline())
+    axes.text(0, 0, top, "θ", ha="center", va="bottom", size=TITLE, zorder=11, path_effects=outline())
+
+
+def _draw_path_3d(axes: Any, panel: Panel, scale: Scale) -> None:
+    """The markers at the height of the surface, and on it their path."""
+    from scipy.interpolate import RegularGridInterpolator
+
+    inside = _inside(panel)
+    if not inside:
+        return
+    height = RegularGridInterpolator(panel.steps, panel.losses)
+
+    def drawn(places: Float[np.ndarray, "points 2"]) -> list[np.ndarray]:
+        heights = height(np.clip(places, [s[0] for s in panel.steps], [s[-1] for s in panel.steps]))
+        return [*places.T, np.where(heights <= scale.high, heights, np.nan)]
+
+    places = np.array([marker.steps for marker in inside])
+    if panel.connected:
+        shares = np.linspace(0, 1, 20)[:, None]
+        path = np.concatenate([a + shares * (b - a) for a, b in itertools.pairwise(places)] or [places])
+        axes.plot(*drawn(path), color="black", linewidth=0.8, zorder=10)
+    axes.plot(*drawn(places), "o", color=_MARKER, markeredgecolor="black", markeredgewidth=0.4, markersize=3, zorder=11)
+    named = [inside[0], inside[-1]] if panel.connected else inside  # names of a path's points would cover each other
+    for marker in {m.name: m for m in named}.values():
+        x, y, z = (float(v[0]) for v in drawn(np.array([marker.steps])))
+        if math.isfinite(z) and any(marker.steps):  # the model itself has its θ
+            axes.text(
+                x,
+                y,
+                z,
+                f"{marker.name}\n",
+                ha="center",
+                va="bottom",
+                linespacing=0.6,
+                zorder=12,
+                path_effects=outline(),
+            )
 
 
 def _draw_contour(axes: Axes, panel: Panel, scale: Scale) -> None:
     x, y = panel.steps
-    axes.set(xlim=x[[0, -1]], ylim=y[[0, -1]], aspect="equal", facecolor="white")
+    axes.set(xlim=x[[0, -1]], ylim=y[[0, -1]], facecolor="white")
+    axes.apply_aspect()
     axes.patch.set(hatch="/////", edgecolor="0.7")
     if np.isfinite(panel.losses).any():
-        levels = np.linspace(scale.low, scale.high, LEVELS + 1)
         extend = "max" if scale.is_cut else "neither"
-        bands = axes.contourf(x, y, panel.losses.T, levels, cmap=_colours(LEVELS), extend=extend)
+        style: dict[str, Any] = {"cmap": _colours(LEVELS), "norm": colour_norm(scale), "extend": extend}
+        bands = axes.contourf(x, y, panel.losses.T, scale.levels(LEVELS), **style)
         bands.set(edgecolor="face", linewidth=0.3)  # else viewers show the page between the bands
+    if np.nanmax(panel.losses, initial=scale.low) > scale.high:  # in grey print the highest band is as light as the cut
+        axes.contour(x, y, panel.losses.T, [scale.high], colors=QUIET, linewidths=0.5)
+    if panel.measured is not None:
+        places = np.argwhere(panel.measured)
+        axes.plot(x[places[:, 0]], y[places[:, 1]], ".", color="black", markersize=1.0, alpha=0.6)
     for reference in panel.references:
         _draw_level(axes, panel, reference)
     if panel.centre is not None:
         axes.plot(0, 0, "o", color="black", markersize=2.5, markeredgecolor="white", markeredgewidth=0.5)
-        axes.annotate("θ", (0, 0), (3, 2), textcoords="offset points", path_effects=outline())
+        axes.annotate("θ", (0, 0), (3, 2), size=TITLE, textcoords="offset points", path_effects=outline())
+    _draw_markers(axes, panel)
     set_ticks(axes.xaxis, _step_ticks(x))
     set_ticks(axes.yaxis, _step_ticks(y))
-    first, *_, last = axes.get_xticklabels()  # turned inwards, so that they do not touch the next panel's
+    _turn_inwards(axes)
+
+
+def _turn_inwards(axes: Any) -> None:
+    """Turn the texts of both ends inwards, so that they do not touch the next panel's."""
+    first, *_, last = axes.get_xticklabels()
     first.set_horizontalalignment("left")
     last.set_horizontalalignment("right")
+
+
+def _inside(panel: Panel) -> list[Marker]:
+    """The markers within the grid."""
+    ends = [(steps[0], steps[-1]) for steps in panel.steps]
+    return [m for m in panel.markers if all(a <= s <= b for s, (a, b) in zip(m.steps, ends, strict=True))]
+
+
+def _draw_markers(axes: Axes, panel: Panel) -> None:
+    """Dots, arrows from one to the next if they are a path, and names where there is room for them."""
+    inside = _inside(panel)
+    places = [(marker.steps[0], marker.steps[1]) for marker in inside]
+    if panel.connected:
+        axes.plot(*np.array(places).reshape(-1, 2).T, color="white", linewidth=0.9)
+        for start, end in itertools.pairwise(places):
+            if np.hypot(*(axes.transData.transform(end) - axes.transData.transform(start))) > 10:
+                look = {"arrowstyle": "-|>", "color": "white", "linewidth": 0.5, "shrinkA": 0, "shrinkB": 2}
+                axes.annotate("", end, start, arrowprops=look | {"mutation_scale": 5}, zorder=2.5)
+    for place in places:
+        style = {"color": _MARKER, "markeredgecolor": "black", "markeredgewidth": 0.5, "markersize": 3.2}
+        axes.plot(*place, "o", **style, zorder=3)
+    named = [(marker.name, place) for marker, place in zip(inside, places, strict=True) if any(place)]
+    _name_points(axes, named)  # the model itself has its θ
+
+
+def _name_points(axes: Axes, points: Sequence[tuple[str, tuple[float, float]]]) -> None:
+    """Write names beside points, each where it covers nothing; a name for which there is no room is left out."""
+    figure: Any = axes.get_figure()
+    pixel, renderer = figure.dpi / 72, FigureCanvasAgg(figure).get_renderer()
+    taken = [text.get_window_extent(renderer) for text in axes.texts if text.get_text() and text.get_visible()]
+    taken += [_square(axes.transData.transform(place), 2.0 * pixel) for _, place in points]
+    frame = axes.get_window_extent()
+    for name, place in points:
+        width, height = text_width(name) * figure.dpi, 7.5 * pixel
+        x, y = axes.transData.transform(place)
+        for right, up in ((1, 1), (1, -1), (-1, 1), (-1, -1), (1, 0), (-1, 0), (0, 1), (0, -1)):
+            left = x + 3 * right * pixel - width * (1 - right) / 2
+            bottom = y + 3 * up * pixel - height * (1 - up) / 2
+            box = Bbox.from_bounds(left, bottom, width, height)
+            is_inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
+            if is_inside and not any(box.overlaps(other) for other in taken):
+                aligned: dict[str, Any] = {
+                    "ha": ("right", "center", "left")[right + 1],
+                    "va": ("top", "center_baseline", "bottom")[up + 1],
+                }
+                offset = (3 * right, 3 * up)
+                axes.annotate(name, place, offset, textcoords="offset points", path_effects=outline(), **aligned)
+                taken.append(box)
+                break
+
+
+def _square(middle: np.ndarray, half: float) -> Bbox:
+    return Bbox([middle - half, middle + half])
+
+
+def _draw_curve(axes: Axes, panel: Panel, style: dict[str, Any], are_few: bool) -> None:
+    """The losses, around them the interval of their mean and what it is the mean of, and what the scores foretell."""
+    (steps,) = panel.steps
+    thin: dict[str, Any] = {"color": style["color"], "zorder": 1.5}
+    if panel.band is not None:
+        axes.fill_between(steps, *panel.band, color=style["color"], alpha=0.25, linewidth=0)
+    for losses in panel.replicates if are_few else ():
+        axes.plot(steps, losses, linewidth=0.4, alpha=0.7, **thin)
+    if panel.quadratic is not None:
+        axes.plot(steps, panel.quadratic, linestyle=_DOTS, linewidth=0.9, **thin)
+    axes.plot(steps, panel.losses, **style)
+    if panel.centre is not None:
+        axes.plot(0, panel.centre, "o", color="black", markersize=2.5, zorder=5)
+    low, high = axes.get_ylim()
+    heights = [(m.name, (m.steps[0], float(np.interp(m.steps[0], steps, panel.losses)))) for m in _inside(panel)]
+    shown = [(name, place) for name, place in heights if low <= place[1] <= high]
+    for _, place in shown:
+        axes.plot(
+            *place, "D", color=style["color"], markeredgecolor="black", markeredgewidth=0.4, markersize=3, zorder=4
+        )
+    _name_points(axes, shown)
+
+
+def _curve_notes(panels: Panels, are_few: bool) -> list[str]:
+    notes = []
+    if are_few and any(panel.replicates for panel in panels.panels):
+        notes.append("thin lines: single directions")
+    if any(panel.quadratic is not None for panel in panels.panels):
+        notes.append("dotted: L(0) + ½ s² dᵀFd, what the Fisher scores foretell for steps s along d")
+    return notes
+
+
+def _add_relative_axis(axes: Axes, relative: float) -> Any:
+    """A second horizontal axis on top: how far a step is, by the size of the weights."""
+    top = axes.secondary_xaxis(
+        "top", functions=(lambda v: relative * np.asarray(v), lambda v: np.asarray(v) / relative)
+    )
+    top.set_xlabel("‖δ‖ / ‖θ‖", labelpad=4)
+    top.tick_params(width=0.6, pad=2)
+    return top
+
+
+def _relative_ticks(axes: Axes, panels: Panels) -> list[tuple[float, str]]:
+    """The steps of the lower axis, and how far they are."""
+    relative = panels.relative or 0.0
+    return [(float(step), f"{abs(relative * step):.2g}") for step in axes.get_xticks()]
+
+
+def _short_lines(label: str) -> str:
+    """A label in lines that are not longer than a small panel."""
+    return wrapped(label, 1.2)
 
 
 def _draw_level(axes: Axes, panel: Panel, reference: Reference) -> None:
@@ -397,23 +594,41 @@ def _draw_level(axes: Axes, panel: Panel, reference: Reference) -> None:
 
 
 def _mark_level(axes: Axes, reference: Reference) -> None:
+    """A line across, with its name where it covers the fewest points of the curves."""
     axes.axhline(reference.value, color="black", linewidth=0.6, linestyle=(0, (4, 2)), zorder=1)
-    axes.annotate(
-        f"{reference.label} = {reference.value:.3g}",
-        (0.5, reference.value),
-        (0, 1.5),
-        color=QUIET,
-        ha="center",
-        xycoords=("axes fraction", "data"),
-        textcoords="offset points",
-        path_effects=outline(),
-    )
+    name = f"{reference.label} = {reference.value:.3g}"
+    figure: Any = axes.get_figure()
+    to_fraction, frame = axes.transAxes.inverted(), axes.get_window_extent()
+    width = text_width(name) * figure.dpi / frame.width
+    bottom = float(to_fraction.transform(axes.transData.transform((0, reference.value)))[1])
+    curves = [to_fraction.transform(axes.transData.transform(_dense(line.get_xydata()))) for line in axes.lines]
+    points = np.concatenate([*curves, np.zeros((0, 2))])
+    points = points[(points[:, 1] > bottom + 0.01) & (points[:, 1] < bottom + 0.08)]
+
+    def covered(left: float) -> int:
+        return int(((points[:, 0] > left) & (points[:, 0] < left + width)).sum())
+
+    middle = (1 - width) / 2
+    left = min(sorted(np.linspace(0.02, 0.98 - width, 25), key=lambda left: abs(left - middle)), key=covered)
+    place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+    axes.annotate(name, (left, reference.value), (0, 1.5), color=QUIET, path_effects=outline(), **place)
+
+
+def _dense(points: Any) -> np.ndarray:
+    """A line as many points."""
+    places = np.arange(len(points))
+    fine = np.linspace(0, len(points) - 1, 20 * len(points))
+    return np.column_stack([np.interp(fine, places, values) for values in np.asarray(points, dtype=float).T])
 
 
 def _step_ticks(steps: np.ndarray) -> list[tuple[float, str]]:
     """Both ends and, if it is on the axis, the model itself."""
     ticks = [float(step) for step in (steps[0], 0.0, steps[-1]) if steps[0] <= step <= steps[-1]]
-    return [(tick, f"{tick:g}".replace("-", "\N{MINUS SIGN}")) for tick in dict.fromkeys(ticks)]
+    return [(tick, _step_text(tick)) for tick in dict.fromkeys(ticks)]
+
+
+def _step_text(step: float) -> str:
+    return f"{step:g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _colours(levels: int = 256) -> Colormap:

@@ -27,6 +27,7 @@ from ._prepare import (
     decades,
     spread,
 )
+from ._prepare_landscapes import marker_notes
 
 __all__ = [
     "comparison",
@@ -42,6 +43,8 @@ __all__ = [
 
 LEVELS = 20  # bands of a contour map
 MOST = 2  # panels in a row
+FEW = 10  # replicates that are drawn one by one
+CAMERA = {"eye": {"x": 1.06, "y": -1.36, "z": 1.2}, "center": {"x": 0, "y": 0, "z": -0.15}}
 
 _DASHES = ("solid", "dash", "dashdot", "dot", "longdashdot")
 _MARKERS = ("circle", "square", "diamond", "triangle-down", "triangle-up", "cross", "x")
@@ -49,7 +52,6 @@ _QUIET, _ABOVE, _PIN = "#595959", "#d1d1d1", "#d55e00"
 _ROW, _HEADER, _BELOW, _FOOTER, _LINE = 400, 90, 60, 70, 18  # pixels
 _LOG: dict[str, Any] = {"type": "log", "exponentformat": "power", "nticks": 10}
 _LOOK = {"template": "plotly_white", "font": {"family": "sans-serif", "size": 13}, "legend": {"itemsizing": "constant"}}
-_CAMERA = {"eye": {"x": 1.06, "y": -1.36, "z": 1.2}, "center": {"x": 0, "y": 0, "z": -0.15}}
 
 
 def surface(panels: Panels) -> go.Figure:
@@ -60,7 +62,9 @@ def surface(panels: Panels) -> go.Figure:
         figure.add_trace(_surface_trace(panel, panels.scale, scene))
         if panel.centre is not None and panel.centre <= panels.scale.high:
             figure.add_trace(_centre_trace(panel.centre, panels.scale, scene))
-        figure.update_layout({scene: _scene(panels.scale)})
+        if panel.markers:
+            figure.add_trace(_markers_trace_3d(panel, scene))
+        figure.update_layout({scene: _scene(panel, panels.scale)})
     bar = _bar(panels.scale)
     figure.update_layout(
         coloraxis={"colorscale": "Viridis", "cmin": panels.scale.low, "cmax": panels.scale.high, "colorbar": bar}
@@ -78,21 +82,28 @@ def contour(panels: Panels) -> go.Figure:
         for reference in panel.references:
             is_named = any(trace.name == _value_text(reference) for trace in figure.data)
             figure.add_trace(_level_trace(panel, reference).update(showlegend=not is_named), **place)
+        if panel.measured is not None:
+            figure.add_trace(_measured_trace(panel.measured, panel.steps), **place)
+        if panel.markers:
+            figure.add_trace(_markers_trace(panel), **place)
         if panel.centre is not None:
             figure.add_trace(_mark_trace(), **place)
         axis = figure.get_subplot(**place).xaxis.plotly_name.replace("axis", "")
-        figure.update_xaxes(title="step along direction 1", range=_ends(panel.steps[0]), constrain="domain", **place)
-        figure.update_yaxes(
-            title="step along direction 2", range=_ends(panel.steps[1]), constrain="domain", scaleanchor=axis, **place
-        )
+        x_label, y_label = map(html.escape, panel.labels)
+        figure.update_xaxes(title=x_label, range=_ends(panel.steps[0]), constrain="domain", **place)
+        figure.update_yaxes(title=y_label, range=_ends(panel.steps[1]), constrain="domain", **place)
+        if panel.is_isometric:
+            figure.update_yaxes(scaleanchor=axis, **place)
     return figure
 
 
 def curves(panels: Panels) -> go.Figure:
     """All landscapes of one axis as lines in one pair of axes."""
     scale = panels.scale
-    figure = _single(panels.notes)
+    figure = _single((*panels.notes, *marker_notes(panels)))
+    are_few = sum(len(panel.replicates) for panel in panels.panels) <= FEW
     for number, panel in enumerate(panels.panels):
+        figure.add_traces(_beside_traces(panel, number, are_few))
         figure.add_trace(_curve_trace(panel, scale, number))
         if panel.centre is not None:
             mark = {
@@ -110,9 +121,10 @@ def curves(panels: Panels) -> go.Figure:
             annotation_position="top",
         )
     margin = 0.05 * (scale.high - scale.low)
-    figure.update_xaxes(title="step along direction 1")
+    labels = list(dict.fromkeys(panel.labels[0] for panel in panels.panels))
+    figure.update_xaxes(title=html.escape(labels[0]) if len(labels) == 1 else "step along the direction")
     figure.update_yaxes(
-        title=scale.label,
+        title=html.escape(scale.label),
         range=[scale.low - margin, scale.high + (0 if scale.is_cut else margin)],
         **_ticks(scale.ticks),
     )
@@ -309,20 +321,23 @@ def _page(panels: Panels, *, kind: str) -> Any:
     count = len(panels.panels)
     across = columns(count, MOST)
     rows = math.ceil(count / across)
-    footer = _FOOTER + _LINE * len(panels.notes)
-    height = rows * (_ROW + _HEADER) + footer
-    inside = height - _HEADER - footer
+    dots = ("dots: points that were measured",) if any(p.measured is not None for p in panels.panels) else ()
+    notes = (*panels.notes, *marker_notes(panels), *(dots if kind == "xy" else ()))
+    footer = _FOOTER + _LINE * len(notes)
+    header = _HEADER + _LINE * max(0, *(len(panel.notes) - 3 for panel in panels.panels))
+    height = rows * (_ROW + header) + footer
+    inside = height - header - footer
     figure = make_subplots(
         rows,
         across,
         specs=[[{"type": kind}] * across] * rows,
         subplot_titles=[_heading(panel) for panel in panels.panels],
-        vertical_spacing=(_HEADER + (_BELOW if kind == "xy" else 0)) / inside,
-        horizontal_spacing=0.10 / across,
+        vertical_spacing=(header + (_BELOW if kind == "xy" else 0)) / inside,
+        horizontal_spacing=0.16 / across,
     )
     figure.update_annotations(yshift=6)
-    figure.update_layout(_LOOK, height=height, margin={"t": _HEADER, "b": footer, "l": 60, "r": 20})
-    _add_notes(figure, panels.notes, footer)
+    figure.update_layout(_LOOK, height=height, margin={"t": header, "b": footer, "l": 60, "r": 20})
+    _add_notes(figure, notes, footer)
     return figure
 
 
@@ -370,6 +385,30 @@ def _curve_trace(panel: Panel, scale: Scale, number: int) -> go.Scatter:
     )
 
 
+def _beside_traces(panel: Panel, number: int, are_few: bool) -> list[go.Scatter]:
+    """What a curve is the mean of and its interval, what Fisher scores foretell, and other models."""
+    (steps,) = panel.steps
+    colour = COLOURS[number % len(COLOURS)]
+    quiet: dict[str, Any] = {"x": steps, "mode": "lines", "hoverinfo": "skip", "showlegend": False}
+    traces = []
+    if panel.band is not None:
+        low, high = panel.band
+        traces.append(go.Scatter(y=low, line={"width": 0}, **quiet))
+        traces.append(go.Scatter(y=high, line={"width": 0}, fill="tonexty", fillcolor=f"{colour}40", **quiet))
+    for losses in panel.replicates if are_few else ():
+        traces.append(go.Scatter(y=losses, line={"width": 0.7, "color": colour}, opacity=0.6, **quiet))
+    if panel.quadratic is not None:
+        named = quiet | {"showlegend": True, "name": f"{html.escape(panel.title)}: L(0) + ½ s² dᵀFd"}
+        traces.append(go.Scatter(y=panel.quadratic, line={"width": 1.5, "dash": "dot", "color": colour}, **named))
+    if panel.markers:
+        marker = {"symbol": "diamond", "size": 8, "color": colour, "line": {"color": "black", "width": 1}}
+        heights = [math.nan if m.nearest_loss is None else m.nearest_loss for m in panel.markers]
+        traces.append(
+            go.Scatter(x=[m.steps[0] for m in panel.markers], y=heights, marker=marker, **_named(panel, "markers+text"))
+        )
+    return traces
+
+
 def _surface_trace(panel: Panel, scale: Scale, scene: str) -> go.Surface:
     x, y = panel.steps
     # a surface is cut exactly where its axis ends, so values above the scale may stay
@@ -402,29 +441,73 @@ def _centre_trace(loss: float, scale: Scale, scene: str) -> go.Scatter3d:
     )
 
 
-def _scene(scale: Scale) -> dict[str, Any]:
+def _markers_trace_3d(panel: Panel, scene: str) -> go.Scatter3d:
+    """Other models at the height of the surface; those whose nearest point was not measured are left out."""
+    heights = [math.nan if m.nearest_loss is None else m.nearest_loss for m in panel.markers]
+    x, y = zip(*(m.steps for m in panel.markers), strict=True)
+    marker = {"color": _PIN, "size": 4, "line": {"color": "black", "width": 1}}
+    mode = "lines+markers+text" if panel.connected else "markers+text"
+    line = {"color": "black", "width": 3}
+    return go.Scatter3d(x=x, y=y, z=heights, scene=scene, marker=marker, line=line, **_named(panel, mode))
+
+
+def _markers_trace(panel: Panel) -> go.Scatter:
+    """Other models on the map."""
+    x, y = zip(*(m.steps for m in panel.markers), strict=True)
+    marker = {"color": _PIN, "size": 8, "line": {"color": "black", "width": 1}}
+    mode = "lines+markers+text" if panel.connected else "markers+text"
+    line = {"color": "white", "width": 1.5}
+    return go.Scatter(x=x, y=y, marker=marker, line=line, textfont={"color": "white"}, **_named(panel, mode))
+
+
+def _named(panel: Panel, mode: str) -> dict[str, Any]:
+    """What all traces of markers share; the hover box has the model's own loss beside that of the picture."""
+
+    def told(loss: float | None) -> str:
+        return "not measured" if loss is None else f"{loss:.5g}"
+
+    hovers = [
+        f"{html.escape(m.name)}<br>its own loss: {told(m.loss)}<br>loss of the nearest point shown: "
+        f"{told(m.nearest_loss)}<br>distance to it: {m.distance:.3g}"
+        for m in panel.markers
+    ]
+    names = [html.escape(m.name) for m in panel.markers]
+    words = {"text": names, "textposition": "top center", "hovertext": hovers, "hoverinfo": "text"}
+    return {"mode": mode, "showlegend": False, **words}
+
+
+def _measured_trace(measured: np.ndarray, steps: Sequence[np.ndarray]) -> go.Scatter:
+    """Dots where a landscape was measured and not predicted."""
+    (i, j), (x, y) = np.nonzero(measured), steps
+    look = {"marker": {"color": "black", "size": 3, "opacity": 0.6}, "hoverinfo": "skip"}
+    return go.Scatter(x=x[i], y=y[j], mode="markers", name="measured", showlegend=False, **look)
+
+
+def _scene(panel: Panel, scale: Scale) -> dict[str, Any]:
+    x_label, y_label = map(html.escape, panel.labels)
     return {
-        "xaxis_title": "step along direction 1",
-        "yaxis_title": "step along direction 2",
-        "zaxis": {"title": scale.metric, "range": [scale.low, scale.high], **_ticks(scale.box_ticks)},
+        "xaxis_title": x_label,
+        "yaxis_title": y_label,
+        "zaxis": {"title": html.escape(scale.metric), "range": [scale.low, scale.high], **_ticks(scale.box_ticks)},
         "aspectmode": "manual",
         "aspectratio": {"x": 1, "y": 1, "z": 0.6},
-        "camera": _CAMERA,
+        "camera": CAMERA,
     }
 
 
 def _contour_trace(panel: Panel, scale: Scale, *, has_bar: bool) -> go.Contour:
     x, y = panel.steps
-    size = (scale.high - scale.low) / LEVELS
+    _, first, *_, last = _placed(scale.levels(LEVELS), scale)
+    size = float(last - first) / (LEVELS - 1)
     # plotly colours the bands below, between and above the lines at start, start + size, ..., end
-    lines = {"start": scale.low + size, "end": scale.high - (0 if scale.is_cut else size) + 1e-6 * size, "size": size}
+    lines = {"start": float(first), "end": float(last) - (0 if scale.is_cut else size) + 1e-6 * size, "size": size}
     return go.Contour(
         x=x,
         y=y,
-        z=panel.losses.T,
+        z=_placed(panel.losses.T, scale),
         contours=lines,
         autocontour=False,
-        colorscale=_bands(scale.is_cut),
+        colorscale=bands(scale.is_cut),
         line={"width": 0},
         showscale=has_bar,
         colorbar=_bar(scale),
@@ -433,14 +516,23 @@ def _contour_trace(panel: Panel, scale: Scale, *, has_bar: bool) -> go.Contour:
     )
 
 
-def _bands(is_cut: bool) -> list[tuple[float, str]]:
+def bands(is_cut: bool) -> list[tuple[float, str]]:
     """One colour per band, and grey above if there is something."""
     colours: list[Any] = [*sample_colorscale("Viridis", [k / (LEVELS - 1) for k in range(LEVELS)]), *[_ABOVE] * is_cut]
     return [(k / (len(colours) - 1), colour) for k, colour in enumerate(colours)]
 
 
+def _placed(values: np.ndarray, scale: Scale) -> np.ndarray:
+    """Where values lie on a scale of colours, which plotly has only linear."""
+    if not scale.is_log:
+        return values
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(values > 0, np.log(values), np.nan)
+
+
 def _level_trace(panel: Panel, reference: Reference) -> go.Contour:
     x, y = panel.steps
+    # of the raw values also on a logarithmic scale, so that the labels are
     lines = {"start": reference.value, "end": reference.value, "size": 1, "coloring": "none", "showlabels": True}
     lines |= {"labelfont": {"color": "black", "size": 11}, "labelformat": ".3g"}
     return go.Contour(
@@ -488,7 +580,7 @@ def _bar(scale: Scale) -> dict[str, Any]:
         "title": {"text": html.escape(scale.label), "side": "right"},
         "thickness": 16,
         "len": 0.8,
-        **_ticks(scale.ticks),
+        **_ticks([(float(_placed(np.array(position), scale)), text) for position, text in scale.ticks]),
     }
 
 

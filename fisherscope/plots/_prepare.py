@@ -12,12 +12,13 @@ from typing import Literal, TypeVar
 
 import numpy as np
 
-from .._typing import Float, Int
+from .._typing import Bool, Float, Int
 from ..landscape import Landscape
+from ..landscape.surface import Marker
 from ..masks import Mask
 from ..scores import FisherScores
 
-Metric = Literal["loss", "perplexity"]
+Width = Literal["one-column", "two-column"] | None
 By = Literal["entry", "parameter"]
 Titles = str | Sequence[str] | None
 Noun = TypeVar("Noun")
@@ -49,23 +50,29 @@ class Scale:
 
     Attributes:
         label: Quantity and unit.
-        metric: What tick labels and hover boxes show.
-        low: The lowest loss of all panels.
+        metric: What tick labels and hover boxes show: the loss, perplexity, or another surface of the landscapes.
+        low: The lowest value of all panels.
         high: Where the scale ends; values above are not drawn.
         is_cut: Whether there are any.
-        ticks: Losses and what is written beside them.
+        ticks: Values and what is written beside them.
+        is_log: Whether colours go by the logarithm of the value.
     """
 
     label: str
-    metric: Metric
+    metric: str
     low: float
     high: float
     is_cut: bool
     ticks: tuple[tuple[float, str], ...]
+    is_log: bool = False
+
+    def levels(self, count: int) -> Float[np.ndarray, "edges"]:
+        """The edges of bands of colour, evenly spaced on the scale."""
+        return (np.geomspace if self.is_log else np.linspace)(self.low, self.high, count + 1)
 
     def shown(self, losses: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
-        """Losses as the reader is told them."""
-        if self.metric == "loss":
+        """Values as the reader is told them."""
+        if self.metric != "perplexity":
             return losses
         with np.errstate(over="ignore"):
             return np.exp(losses)
@@ -79,15 +86,25 @@ class Scale:
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One landscape.
+    """One landscape, or a slice of one.
 
     Attributes:
         title: What moves.
         notes: Short lines: how many entries move and how far, and how much is measured if not all.
         steps: One array per axis, slowest first.
-        losses: Of shape ``(len(steps[0]), ...)``; NaN where not measured or not finite, uncut.
+        losses: Of shape ``(len(steps[0]), ...)``; NaN where there is no number, uncut. The values of another surface
+            if the scale is of one.
         centre: The loss at step 0 of every axis, None if it is not on the grid or not known.
         references: Those that lie inside the range of the losses and of the scale.
+        labels: Of the axes.
+        relative: The size of step 1 of every axis by that of the weights; None if not known.
+        is_isometric: Whether steps of the same length are as far along all axes.
+        markers: Other models in the landscape.
+        connected: Whether the markers are a path, in their order.
+        measured: Which points were measured, where others are predicted; None where none is.
+        replicates: Along other random directions, of one axis; ``losses`` are their mean.
+        band: Lower and upper end of the interval of that mean.
+        quadratic: The loss that Fisher scores predict along one axis; None if they predict none.
     """
 
     title: str
@@ -96,16 +113,34 @@ class Panel:
     losses: Float[np.ndarray, "*grid"]
     centre: float | None
     references: tuple[Reference, ...]
+    labels: tuple[str, ...]
+    relative: tuple[float, ...] | None = None
+    is_isometric: bool = True
+    markers: tuple[Marker, ...] = ()
+    connected: bool = False
+    measured: Bool[np.ndarray, "*grid"] | None = None
+    replicates: tuple[Float[np.ndarray, "points"], ...] = ()
+    band: tuple[Float[np.ndarray, "points"], Float[np.ndarray, "points"]] | None = None
+    quadratic: Float[np.ndarray, "points"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Panels:
-    """Landscapes on one scale, the references inside it, and what must be said of all of them."""
+    """Landscapes on one scale, the references inside it, what must be said of all of them, and how wide they print."""
 
     panels: tuple[Panel, ...]
     scale: Scale
     references: tuple[Reference, ...]
     notes: tuple[str, ...]
+    width: Width = None
+
+    @property
+    def relative(self) -> float | None:
+        """The size of step 1 by that of the weights, if all axes of all panels agree on it to 1 %."""
+        if any(panel.relative is None for panel in self.panels):
+            return None
+        sizes = [size for panel in self.panels for size in panel.relative or ()]
+        return sizes[0] if max(sizes) <= 1.01 * min(sizes) else None
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,41 +1,78 @@
 """Landscapes as panels on one scale: units, titles, where they are cut, ticks."""
 
+import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, get_args
 
 import numpy as np
 
-from .._typing import Float
-from ..landscape import Landscape
+from .._typing import Bool, Float
+from ..landscape import Axis, Landscape
+from ..landscape.surface import Geometry
 from ..objectives import is_language_model
-from ._prepare import LOSS_LABELS, Metric, Panel, Panels, Reference, Scale, Titles, as_sequence, model_name, titles_of
+from ._prepare import LOSS_LABELS, Panel, Panels, Reference, Scale, Titles, Width, as_sequence, model_name, titles_of
 
 MARGIN_ABOVE_GUESSING = 0.5
 """Nats above ln V at which landscapes of language models are cut: beyond guessing, a loss says nothing more."""
 
 _REFERENCES = {"uniform": ("ln V", "ln V"), "unigram": ("unigram entropy", "unigram")}
-_SUBSCRIPTS = "₁₂₃"
+_SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+_LOSSES = ("loss", "perplexity")  # what has lines of reference, a ceiling and a Fisher quadratic
 
 
-def panels(landscapes: Landscape | Sequence[Landscape], metric: str, titles: Titles, *, axes: int, plot: str) -> Panels:
-    """Landscapes as panels on one scale.
+def panels(
+    landscapes: Landscape | Sequence[Landscape],
+    metric: str,
+    titles: Titles,
+    *,
+    axes: int,
+    plot: str,
+    slices: bool = False,
+    width: Width = None,
+) -> Panels:
+    """Landscapes as panels on one scale; with ``slices``, one of three axes becomes its slices through the model.
 
     Raises:
         TypeError: If something else than landscapes was given.
         ValueError: If they do not go into one figure of this kind.
     """
     given = as_sequence(landscapes, Landscape, plot)
-    _check_axes(given, axes, plot)
-    scale, cut = _scale(given, _check_metric(given, metric))
+    _check_axes(given, (axes, 3) if slices else (axes,), plot)
+    _check_metric(given, metric)
+    if width not in (None, *(widths := get_args(get_args(Width)[0]))):
+        raise ValueError(f"width must be {' or '.join(map(repr, widths))}, got {width!r}.")
     several_models = len({model_name(landscape) for landscape in given}) > 1
 
     def title(landscape: Landscape) -> str:
         name = model_name(landscape) if several_models else ""
         return f"{name}: {short_title(landscape.title)}" if name else short_title(landscape.title)
 
-    drawn = tuple(_panel(g, words, scale) for g, words in zip(given, titles_of(given, titles, title), strict=True))
-    return Panels(drawn, scale, _distinct(given, scale), tuple(filter(None, (cut, _grid_note(given)))))
+    words = titles_of(given, titles, title)
+    parts = [(g, name) for g, name in zip(given, words, strict=True)]
+    if slices and len(given[0].axes) == 3:
+        parts = [part for g, name in parts for part in _slices(g, name)]
+    shown = [part for part, _ in parts]
+    scale, cut = _scale(shown, metric, is_log=plot == "contour" and metric == "loss")
+    drawn = tuple(_panel(part, name, scale) for part, name in parts)
+    notes = (cut, _grid_note(shown), _replicates_note(shown), _directions_note(given), _data_note(given))
+    return Panels(drawn, scale, _distinct(shown, scale), tuple(filter(None, notes)), width)
+
+
+def marker_notes(drawn: Panels) -> list[str]:
+    """The losses of the marked models, and of what the landscape shows in their place, in the order of the markers."""
+    notes = []
+    for panel in drawn.panels:
+        losses = [(m.name, m.loss, m.nearest_loss) for m in panel.markers if m.loss is not None]
+        each = [f"{name}: {loss:#.3g}" + (f" ({seen:#.3g})" if seen is not None else "") for name, loss, seen in losses]
+        if each:
+            title = f"{panel.title}: " if len(drawn.panels) > 1 else ""
+            place = "line" if len(panel.steps) == 1 else "plane"
+            whole = ", ".join(text.replace(" ", "\N{NO-BREAK SPACE}") for text in each)
+            notes.append(f"{title}loss of other models (of the nearest point of the {place}): {whole}")
+    return notes
 
 
 def short_title(title: str) -> str:
@@ -57,8 +94,8 @@ def round_ticks(low: float, high: float) -> list[tuple[float, str]]:
     return [(k * step, f"{k * step:{texts}}") for k in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def perplexity_ticks(low: float, high: float) -> list[tuple[float, str]]:
-    """Round perplexities between two losses, as (loss, text)."""
+def logarithmic_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    """Round numbers between two given by their natural logarithms, as (logarithm, text)."""
     decades = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
     for mantissas in ((1,), (1, 3), (1, 2, 5), range(1, 10)):
         values = [(math.log(m) + k * math.log(10), m, k) for k in decades for m in mantissas]
@@ -81,71 +118,144 @@ def _power(mantissa: int, exponent: int) -> str:
     return f"{mantissa}e{exponent}" if abs(exponent) > 5 else f"{mantissa * 10.0**exponent:,g}"
 
 
-def _check_axes(given: Sequence[Landscape], axes: int, plot: str) -> None:
+def _check_axes(given: Sequence[Landscape], allowed: Sequence[int], plot: str) -> None:
     found = sorted({len(landscape.axes) for landscape in given})
     if len(found) > 1:
         raise ValueError(
             f"The landscapes of one figure need the same number of axes, got {' and '.join(map(str, found))}; "
             "draw those with one axis by curves and those with two by surface or contour."
         )
-    if found[0] != axes:
-        instead = {1: "; use curves", 2: "; use surface or contour"}.get(found[0], "")
-        number = ("one axis", "two axes")[axes - 1]
+    if found[0] not in allowed:
+        instead = {1: "; use curves", 2: "; use surface or contour", 3: "; use contour or volume"}[found[0]]
+        number = " or ".join(("one axis", "two axes", "three axes")[axes - 1] for axes in allowed)
         raise ValueError(f"{plot} needs landscapes of exactly {number}, got {found[0]}{instead}.")
 
 
-def _check_metric(given: Sequence[Landscape], metric: str) -> Metric:
+def _check_metric(given: Sequence[Landscape], metric: str) -> None:
     objectives = list(dict.fromkeys(landscape.objective for landscape in given))
     if len(objectives) > 1:
         raise ValueError(
             f"The landscapes of one figure share one scale, but these are of {' and '.join(objectives)}, whose losses "
             "have different units; draw them in separate figures."
         )
-    if metric == "loss":
-        return "loss"
-    if metric != "perplexity":
-        raise ValueError(f"metric must be 'loss' or 'perplexity', got {metric!r}.")
-    if not is_language_model(objectives[0]):
+    shared = [name for name in given[0].metrics if all(name in landscape.metrics for landscape in given)]
+    if metric not in (*_LOSSES, *shared):
+        others = ", ".join(map(repr, shared)) or "nothing else"
+        raise ValueError(
+            f"metric must be 'loss', 'perplexity', or what was measured beside them ({others}), got {metric!r}."
+        )
+    if metric == "perplexity" and not is_language_model(objectives[0]):
         raise ValueError(
             f"Perplexity needs mlm, causal-lm or seq2seq-lm, but this landscape is of {objectives[0]}; draw the loss."
         )
-    return "perplexity"
 
 
-def _measured(landscape: Landscape) -> Float[np.ndarray, "*grid"]:
-    """Losses that are numbers; NaN elsewhere."""
-    return np.where(landscape.evaluated & np.isfinite(landscape.loss), landscape.loss, np.nan)
+def _slices(landscape: Landscape, title: str) -> list[tuple[Landscape, str]]:
+    """The planes of two of three axes through the model, with the markers that lie in them."""
+    found = []
+    for pair in itertools.combinations(range(3), 2):
+        (rest,) = {0, 1, 2} - set(pair)
+        place: list[Any] = [slice(None)] * 3
+        place[rest] = landscape.centre[rest]
+        names = [_direction(landscape.axes[number]) for number in pair]
+        markers = [m for m in landscape.markers if m.steps[rest] == 0]
+        part = Landscape(
+            tuple(landscape.axes[number] for number in pair),
+            landscape.loss[tuple(place)],
+            landscape.evaluated[tuple(place)],
+            landscape.objective,
+            landscape.references,
+            landscape.title,
+            landscape.provenance,
+            {name: values[tuple(place)] for name, values in landscape.metrics.items()},
+            None if landscape.clipped is None else landscape.clipped[tuple(place)],
+            geometry=_part_of(landscape.geometry, pair) if landscape.geometry else None,
+            markers=tuple(replace(m, steps=tuple(m.steps[number] for number in pair)) for m in markers),
+            connected=landscape.connected and len(markers) == len(landscape.markers),
+            prediction=landscape.prediction,
+        )
+        found.append((part, f"{title}, directions {' and '.join(names)}"))
+    return found
 
 
-def _centre(landscape: Landscape) -> float | None:
-    index = tuple(int(np.argmin(np.abs(axis.steps))) for axis in landscape.axes)
+def _part_of(geometry: Geometry, axes: Sequence[int]) -> Geometry:
+    square = np.ix_(axes, axes)
+    return replace(
+        geometry, inner=geometry.inner[square], fisher=None if geometry.fisher is None else geometry.fisher[square]
+    )
+
+
+def _direction(axis: Axis) -> str:
+    """The number of an axis from 1, or its name if it has another."""
+    number = re.fullmatch(r"axis(\d+)", axis.name)
+    return str(int(number[1]) + 1) if number else axis.name
+
+
+def _axis_label(axis: Axis) -> str:
+    """What an axis is, where its direction is a special one."""
+    ordinary = axis.kind.startswith("random") or axis.kind == "given"
+    return f"step along direction {_direction(axis)}" if ordinary else axis.kind
+
+
+def _is_shown(landscape: Landscape, metric: str) -> Bool[np.ndarray, "*grid"]:
+    """Where there is a value: measured, on all examples unless only a loss is wanted, or predicted."""
+    known = landscape.evaluated.copy()
+    if metric not in _LOSSES and landscape.clipped is not None:
+        known &= ~landscape.clipped
+    return known | np.isfinite(landscape.loss) if metric in _LOSSES and landscape.prediction else known
+
+
+def _all_values(landscape: Landscape, metric: str) -> Float[np.ndarray, "*grid"]:
+    return landscape.loss if metric in _LOSSES else landscape.metrics[metric]
+
+
+def _values(landscape: Landscape, metric: str) -> Float[np.ndarray, "*grid"]:
+    """Values that are numbers; NaN elsewhere."""
+    values = _all_values(landscape, metric)
+    return np.where(_is_shown(landscape, metric) & np.isfinite(values), values, np.nan)
+
+
+def _centre(landscape: Landscape, metric: str) -> float | None:
+    index = landscape.centre
     is_on_grid = all(axis.steps[i] == 0 for axis, i in zip(landscape.axes, index, strict=True))
-    loss = float(_measured(landscape)[index])
-    return loss if is_on_grid and math.isfinite(loss) else None
+    value = float(_values(landscape, metric)[index])
+    return value if is_on_grid and math.isfinite(value) else None
 
 
-def _scale(given: Sequence[Landscape], metric: Metric) -> tuple[Scale, str]:
+def _scale(given: Sequence[Landscape], metric: str, *, is_log: bool) -> tuple[Scale, str]:
     """The scale of all landscapes, and the sentence that says what it leaves out."""
-    losses = np.concatenate([landscape.loss[landscape.evaluated] for landscape in given])
-    finite = losses[np.isfinite(losses)]
+    values = np.concatenate([_all_values(part, metric)[_is_shown(part, metric)] for part in given])
+    finite = values[np.isfinite(values)]
     if not finite.size:
-        raise ValueError("There is nothing to draw: no point of the landscapes has a finite loss so far.")
-    centres = [centre for centre in map(_centre, given) if centre is not None]
-    guessing = [landscape.references["uniform"] for landscape in given if "uniform" in landscape.references]
-    high, rule = _ceiling(losses, finite, max(centres, default=float(finite.min())), max(guessing, default=None))
-    low = float(finite.min())
+        what = "loss" if metric in _LOSSES else metric
+        raise ValueError(f"There is nothing to draw: no point of the landscapes has a finite {what} so far.")
+    low, high, rule = float(finite.min()), float(finite.max()), ""
+    if metric in _LOSSES:
+        centres = [centre for centre in (_centre(part, metric) for part in given) if centre is not None]
+        guessing = [landscape.references["uniform"] for landscape in given if "uniform" in landscape.references]
+        high, rule = _ceiling(values, finite, max(centres, default=low), max(guessing, default=None))
     if high <= low:  # all the same
         low, high = low - 0.5, high + 0.5
-    ticks = (perplexity_ticks if metric == "perplexity" else round_ticks)(low, high)
-    scale = Scale(_label(given[0].objective, metric), metric, low, high, bool(rule), tuple(ticks))
-    return scale, _cut_note(losses, scale, rule, "nats" in LOSS_LABELS.get(given[0].objective, ""))
+    scale = Scale(_label(given[0].objective, metric), metric, low, high, bool(rule), ())
+    if metric == "perplexity":
+        scale = replace(scale, ticks=tuple(logarithmic_ticks(low, high)))
+    elif is_log and low > 0:
+        ticks = [(math.exp(place), text) for place, text in logarithmic_ticks(math.log(low), math.log(high))]
+        scale = replace(scale, label=with_log_scale(scale.label), ticks=tuple(ticks), is_log=True)
+    else:
+        scale = replace(scale, ticks=tuple(round_ticks(low, high)))
+    return scale, _cut_note(values, scale, rule, "nats" in LOSS_LABELS.get(given[0].objective, ""))
 
 
-def _label(objective: str, metric: Metric) -> str:
+def _label(objective: str, metric: str) -> str:
     label = LOSS_LABELS.get(objective, f"{objective} per example")
-    if metric == "loss":
-        return label
-    return label.split(" (")[0].replace("loss", "perplexity") + " (logarithmic scale)"
+    if metric == "perplexity":
+        return label.split(" (")[0].replace("loss", "perplexity") + " (logarithmic scale)"
+    return label if metric == "loss" else metric.replace("_", " ")
+
+
+def with_log_scale(label: str) -> str:
+    return f"{label[:-1]}, log scale)" if label.endswith(")") else f"{label} (log scale)"
 
 
 def _ceiling(losses: np.ndarray, finite: np.ndarray, centre: float, guessing: float | None) -> tuple[float, str]:
@@ -177,21 +287,90 @@ def _cut_note(losses: np.ndarray, scale: Scale, rule: str, is_in_nats: bool) -> 
 
 
 def _panel(landscape: Landscape, title: str, scale: Scale) -> Panel:
-    losses = _measured(landscape)
+    losses = _values(landscape, scale.metric)
     finite = losses[np.isfinite(losses)]
     low, high = (finite.min(), min(finite.max(), scale.high)) if finite.size else (0.0, 0.0)
-    crossed = tuple(reference for reference in _references(landscape) if low < reference.value < high)
-    steps = tuple(np.asarray(axis.steps, dtype=float) for axis in landscape.axes)
-    return Panel(title, _panel_notes(landscape), steps, losses, _centre(landscape), crossed)
+    references = _references(landscape) if scale.metric in _LOSSES else []
+    replicates = landscape.replicates if len(landscape.axes) == 1 else ()
+    along = tuple(_values(replicate, scale.metric) for replicate in replicates)
+    return Panel(
+        title,
+        _panel_notes(landscape),
+        tuple(np.asarray(axis.steps, dtype=float) for axis in landscape.axes),
+        losses,
+        _centre(landscape, scale.metric),
+        tuple(reference for reference in references if low < reference.value < high),
+        tuple(_axis_label(axis) for axis in landscape.axes),
+        relative=_relative(landscape),
+        is_isometric=_are_close(_norms(landscape)),
+        markers=landscape.markers,
+        connected=landscape.connected,
+        measured=landscape.evaluated if landscape.prediction else None,
+        replicates=along,
+        band=_interval(landscape, along) if along else None,
+        quadratic=_quadratic(landscape) if scale.metric in _LOSSES else None,
+    )
+
+
+def _norms(landscape: Landscape) -> list[float]:
+    """The norms of the directions, on average over replicates."""
+    each = [[axis.norm for axis in part.axes] for part in landscape.replicates or (landscape,)]
+    return [float(norm) for norm in np.mean(each, axis=0)]
+
+
+def _relative(landscape: Landscape) -> tuple[float, ...] | None:
+    weights = landscape.geometry.weight_norm if landscape.geometry else 0.0
+    return tuple(norm / weights for norm in _norms(landscape)) if weights > 0 else None
+
+
+def _interval(landscape: Landscape, along: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % interval of the mean over directions."""
+    from ..landscape.statistics import band
+
+    replicates = [replace(r, loss=values) for r, values in zip(landscape.replicates, along, strict=True)]
+    found = band(replace(landscape, replicates=tuple(replicates)))
+    return found.low, found.high
+
+
+def _quadratic(landscape: Landscape) -> Float[np.ndarray, "points"] | None:
+    """The loss along one axis that Fisher scores foretell, if there are any that do."""
+    from ..landscape.statistics import fisher_quadratic
+
+    foretold = landscape.geometry is not None and landscape.geometry.fisher is not None and landscape.geometry.quadratic
+    return fisher_quadratic(landscape) if foretold and len(landscape.axes) == 1 else None
 
 
 def _panel_notes(landscape: Landscape) -> tuple[str, ...]:
     entries = " / ".join(f"{count:,}" for count in dict.fromkeys(axis.entries for axis in landscape.axes))
-    symbols = ["‖d‖"] if len(landscape.axes) == 1 else [f"‖d{digit}‖" for digit in _SUBSCRIPTS]
-    norms = [f"{symbol} = {_three_digits(axis.norm)}" for symbol, axis in zip(symbols, landscape.axes, strict=False)]
-    done = int(landscape.evaluated.sum())
-    part = (f"{done:,} of {landscape.loss.size:,} points",) if done < landscape.loss.size else ()
-    return (f"{entries} entries move", ", ".join(norms), *part)
+    one = len(landscape.axes) == 1
+    symbols = ["‖d‖" if one else f"‖d{_direction(axis).translate(_SUBSCRIPTS)}‖" for axis in landscape.axes]
+    norms = [
+        f"{symbol} = {_three_digits(norm)}".replace(" ", "\N{NO-BREAK SPACE}")
+        for symbol, norm in zip(symbols, _norms(landscape), strict=True)
+    ]
+    notes = [f"{entries} entries move", ", ".join(norms)]
+    if landscape.geometry and (relative := _relative(landscape)):
+        shares = relative[:1] if _are_close(relative) else relative
+        angles = landscape.geometry.cosines[np.triu_indices(len(relative), 1)]
+        cosines = (
+            "" if one else f", cosine\N{NO-BREAK SPACE}{' / '.join(f'{round(angle, 2) + 0:.2f}' for angle in angles)}"
+        )
+        notes.append(f"{', '.join(map(_three_digits, shares))} of ‖θ‖{cosines}".replace("-", "\N{MINUS SIGN}"))
+    done = f"{int(landscape.evaluated.sum()):,} of {landscape.loss.size:,} points"
+    if landscape.prediction:
+        within = f"{100 * landscape.prediction.percentile95:.2g}"
+        notes += [
+            f"measured {done}",
+            f"the rest predicted, 95 % within {within} %".replace(" %", "\N{NO-BREAK SPACE}%"),
+        ]
+    elif not landscape.evaluated.all():
+        notes.append(done)
+    return tuple(notes)
+
+
+def _are_close(sizes: Sequence[float]) -> bool:
+    """Whether sizes agree to 1 %."""
+    return max(sizes) <= 1.01 * min(sizes)
 
 
 def _three_digits(value: float) -> str:
@@ -213,3 +392,58 @@ def _grid_note(given: Sequence[Landscape]) -> str:
         " \N{MULTIPLICATION SIGN} ".join(str(size) for size in landscape.loss.shape) for landscape in given
     )
     return f"{' and '.join(sizes)} points, linear in between"
+
+
+def _replicates_note(given: Sequence[Landscape]) -> str:
+    counts = list(dict.fromkeys(len(landscape.replicates) for landscape in given if landscape.replicates))
+    if not counts:
+        return ""
+    axes = len(given[0].axes)
+    mean = f"means over {' and '.join(map(str, counts))} {('directions', 'pairs', 'triples')[axes - 1]}"
+    return mean + (", shaded: their 95\N{NO-BREAK SPACE}% interval" if axes == 1 else " of directions")
+
+
+def _directions_note(given: Sequence[Landscape]) -> str:
+    """How the directions were made, as far as the landscapes know."""
+
+    def matched(settings: Mapping[str, Any]) -> str:
+        words = {"norm": "sizes matched by norm", "fisher": "sizes matched by Fisher norm"}
+        return words.get(settings.get("match", "none"), "")
+
+    def kind(settings: Mapping[str, Any]) -> str:
+        return f"{settings['directions']} directions" if isinstance(settings.get("directions"), str) else ""
+
+    facts: list[Callable[[Mapping[str, Any]], str]] = [
+        kind,
+        lambda s: f"seed {s['seed']}" if kind(s) and s.get("seed") is not None else "",
+        lambda s: "biases and norms at rest" if kind(s) and s.get("one_dimensional") == "skip" else "",
+        lambda s: "made orthogonal" if s.get("orthogonal") else "",
+        matched,
+    ]
+    return _facts([landscape.provenance.get("settings") or {} for landscape in given], facts)
+
+
+def _data_note(given: Sequence[Landscape]) -> str:
+    """The model and what its loss is of, as far as the landscapes know."""
+
+    def settings(landscape: Landscape) -> Mapping[str, Any]:
+        return landscape.provenance.get("settings") or {}
+
+    def examples(landscape: Landscape) -> str:
+        data = landscape.provenance.get("data") or {}
+        count, source = (data.get("settings") or {}).get("num_examples"), data.get("source")
+        return f"{count:,} examples of {source}" if count and source else source or ""
+
+    def tokens(landscape: Landscape) -> str:
+        counts = (landscape.replicates or (landscape,))[0].counts
+        count = settings(landscape).get("tokens") if counts is None else int(counts.sum())
+        is_tokens = is_language_model(landscape.objective)
+        return f"{count:,} scored {'tokens' if is_tokens else 'labels'}" if count else ""
+
+    return _facts(given, [model_name, examples, tokens, lambda landscape: settings(landscape).get("dtype") or ""])
+
+
+def _facts(things: Sequence[Any], facts: Iterable[Callable[[Any], str]]) -> str:
+    """What is known of several things: every fact once, with all values it has."""
+    found = (dict.fromkeys(fact(thing) for thing in things) for fact in facts)
+    return "; ".join(" and ".join(filter(None, values)) for values in found if any(values))
