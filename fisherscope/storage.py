@@ -182,7 +182,8 @@ def _open_any_hdf5(path: Path) -> Iterator["h5py.File"]:
     if not h5py.is_hdf5(path):
         raise WrongFile(f"{path} is no HDF5 file, as scores and landscapes are, or was cut short; make it again.")
     try:
-        with h5py.File(path, "r") as file:
+        # what a running process has flushed so far may be read, too
+        with h5py.File(path, "r", locking=False if path.suffix == ".part" else None) as file:
             yield file
     except BlockingIOError as error:
         raise _in_use(path) from error

@@ -27,7 +27,7 @@ curve=("${scan[@]}" --axes 1 --points "$POINTS" --replicates "$REPLICATES" --sco
 
 # Scores: as published (sequences, labels of the data), and those that predict the loss (tokens, labels drawn)
 fisherscope fisher "${source[@]}" --num-examples 512 --out "$out/scores.h5" --resume
-fisherscope fisher "${source[@]}" --num-examples 512 --unit token --estimator sampled --draws 4 \
+fisherscope fisher "${source[@]}" --num-examples 128 --unit token --estimator sampled --draws 2 \
   --out "$out/by_token.h5" --resume
 
 # Masks: halves of the parameters as published, and shares of the entries

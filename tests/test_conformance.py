@@ -655,7 +655,9 @@ def test_markers_have_the_losses_of_their_models_and_of_the_nearest_points():
     )
     with untouched(model):
         found = scanned((5, 3), model, directions=space)
-    assert found.markers == (replace(space.markers[0], loss=float(height(3, 2, 0.5)), nearest_loss=float(height(3, 1))),)
+    assert found.markers == (
+        replace(space.markers[0], loss=float(height(3, 2, 0.5)), nearest_loss=float(height(3, 1))),
+    )
     assert found.connected
     assert [axis.kind for axis in found.axes] == ["along x", "along y"]
     assert json.loads(json.dumps(found.provenance["settings"]["directions"])) == ["along x", "along y"]

@@ -224,7 +224,8 @@ def test_nothing_scored(engine: str, bert: Case):
 
 def test_no_batches(bert: Case):
     refused(ValueError, NOTHING_SCORED, fisher, bert.model, [])
-    refused(ValueError, NOTHING_SCORED, scan, bert.model, [], axes=1, points=3)
+    sentence = "A landscape needs at least one batch, but there is none; check the data."
+    refused(ValueError, sentence, scan, bert.model, [], axes=1, points=3)
 
 
 def test_model_without_logits(bert: Case):
@@ -414,7 +415,7 @@ def test_too_few_points(points: int):
 
 def test_grid_that_makes_no_sense():
     options = {"objective": squares}
-    refused(ValueError, "axes must be 1 or 2, got 3.", scan, *plain(), axes=3, **options)
+    refused(ValueError, "axes must be 1, 2 or 3, got 4.", scan, *plain(), axes=4, **options)
     sentence = "points must be one number or one per axis (1), got [3, 5]."
     refused(ValueError, sentence, scan, *plain(), axes=1, points=(3, 5), **options)
     for span in (0, -1.0, float("nan"), float("inf")):
@@ -423,8 +424,8 @@ def test_grid_that_makes_no_sense():
 
 
 def test_options_of_directions_are_listed():
-    sentence = "normalize must be 'filter' or 'none', got 'layer'."
-    refused(ValueError, sentence, random_directions, nn.Linear(2, 2), 1, seed=0, normalize="layer")
+    sentence = "normalize must be 'filter' or 'row' or 'parameter' or 'layer' or 'none', got 'model'."
+    refused(ValueError, sentence, random_directions, nn.Linear(2, 2), 1, seed=0, normalize="model")
     sentence = "one_dimensional must be 'skip' or 'scale', got 'move'."
     refused(ValueError, sentence, random_directions, nn.Linear(2, 2), 1, seed=0, one_dimensional="move")
 

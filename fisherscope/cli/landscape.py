@@ -181,7 +181,8 @@ def _space(
     if args.directions == "between":
         return paths.between(model, args.models[0], mask=mask, name=_short(args.models[0]))
     if args.directions == "plane":
-        return paths.plane_through(model, *args.models, names=tuple(map(_short, args.models)), mask=mask)
+        first, second = args.models
+        return paths.plane_through(model, first, second, names=(_short(first), _short(second)), mask=mask)
     if args.directions == "trajectory":
         return paths.trajectory(model, args.models, names=list(map(_short, args.models)), mask=mask, axes=axes)
     if args.directions in ("hessian", "ggn"):

@@ -139,6 +139,9 @@ def given_space(
         space, found = None, repr(directions)[:40]
     if space is None or len(space.directions) != axes:
         raise ValueError(f"directions must be 'random' or one mapping per axis ({axes}), got {found}.")
+    if len(space.markers) != len(space.weights):
+        counts = f"{len(space.markers)} markers and {len(space.weights)} functions"
+        raise ValueError(f"A subspace needs a function for the weights of every marker, got {counts}.")
     parameters = dict(model.named_parameters())
     for name, tensor in (item for direction in space.directions for item in direction.items()):
         if name not in parameters or parameters[name].shape != tensor.shape:

@@ -307,14 +307,14 @@ def _read(group: h5py.Group) -> Landscape:
         raise storage.WrongFile(f"{path} is not a complete landscape ({error}); make it again.") from error
 
 
-def _landscape(group: h5py.Group, attributes: Mapping[str, Any]) -> Landscape:
+def _landscape(group: Any, attributes: Mapping[str, Any]) -> Landscape:
     facts = {name: json.loads(attributes[name]) for name in ("references", "markers", "prediction", "measures")}
     provenance = json.loads(attributes.get("provenance", "{}"))
     if "replicates" in group:
         several = [_read(group["replicates"][str(number)]) for number in range(len(group["replicates"]))]
         return mean_of(several, title=str(attributes["title"]), provenance=provenance, measures=facts["measures"])
     arrays = {name: np.asarray(group[name]) for name in ("loss", "evaluated", "inner", "fisher") if name in group}
-    others = {name: np.asarray(group[name]) for name in ("clipped", "examples", "counts") if name in group}
+    others: dict[str, Any] = {n: np.asarray(group[n]) for n in ("clipped", "examples", "counts") if n in group}
     scales = [group[f"axis{number}"] for number in range(arrays["loss"].ndim)]
     geometry = None
     if "inner" in arrays:
