@@ -653,9 +653,11 @@ def test_every_range_has_the_model_on_its_grid_and_covers_the_markers(placed: li
     assert math.isclose(found.axes[0].steps[1] - found.axes[0].steps[0], smallest_cell(*ends, points), rel_tol=1e-9)
 
 
-def test_every_axis_has_its_own_range():
+def test_ranges_have_one_length_before_the_model_is_put_on_their_grids():
+    """Each around the middle of its own markers, as long as the longest one needs."""
     space = spread_of((1.0, 0.0), (0.0, -2.0))
-    assert span_of(space, (3, 5), 0.0) == [(0.0, 1.0), (-2.0, 0.0)]
+    assert span_of(space, (5, 5), 0.0) == [(-0.5, 1.5), (-2.0, 0.0)]
+    assert span_of(space, (3, 5), 0.0) == [(-1.5, 1.5), (-2.0, 0.0)]
 
 
 def smallest_cell(low: float, high: float, count: int) -> float:

@@ -196,7 +196,7 @@ def _space(
 
 
 def _short(name: str) -> str:
-    return Path(name).name
+    return Path(name).name.removesuffix(".safetensors")
 
 
 def _span(args: argparse.Namespace, space: "Subspace | None", axes: int, points: list[int]) -> Any:

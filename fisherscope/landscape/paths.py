@@ -187,15 +187,16 @@ def trajectory(
 
 
 def span_of(space: Subspace, points: int | Sequence[int], margin: float = 0.2) -> list[tuple[float, float]]:
-    """The smallest ranges that show the model and all markers, with the model on the grid.
+    """Ranges that show the model and all markers, with the model on the grid: of one length, so the picture is square.
 
     Args:
         space: The axes and markers.
         points: Grid points per axis, as the scan will have them; one number, or one per axis.
-        margin: How far the ranges go beyond the outermost markers, as a share of the distance between them.
+        margin: How far the ranges go beyond the outermost markers of the axis where these are farthest apart, as a
+            share of their distance.
 
     Returns:
-        The lowest and the highest step of every axis, for ``span`` of the scan; -1 and 1 where no marker leaves 0.
+        The lowest and the highest step of every axis, for ``span`` of the scan; -1 and 1 if no marker leaves 0.
 
     Raises:
         ValueError: If there are fewer than 3 points on an axis, or the margin is negative.
@@ -206,13 +207,11 @@ def span_of(space: Subspace, points: int | Sequence[int], margin: float = 0.2) -
         raise ValueError(f"points must be at least 3, one number or one per axis ({axes}), got {points}.")
     if not 0 <= margin < math.inf:
         raise ValueError(f"margin must be a number from 0, got {margin}.")
-    found = []
-    for axis, count in enumerate(counts):
-        at = [0.0, *(marker.steps[axis] for marker in space.markers)]
-        extent = max(at) - min(at)
-        ends = (min(at) - margin * extent, max(at) + margin * extent) if extent > 0 else (-1.0, 1.0)
-        found.append(_range_on_grid(*ends, count))
-    return found
+    at = [[0.0, *(marker.steps[axis] for marker in space.markers)] for axis in range(axes)]
+    extent = max(max(steps) - min(steps) for steps in at)
+    half = (0.5 + margin) * extent or 1.0
+    centres = [(min(steps) + max(steps)) / 2 for steps in at]
+    return [_range_on_grid(centre - half, centre + half, count) for centre, count in zip(centres, counts, strict=True)]
 
 
 def _range_on_grid(low: float, high: float, count: int) -> tuple[float, float]:

@@ -622,13 +622,14 @@ def _dense(points: Any) -> np.ndarray:
 
 
 def _step_ticks(steps: np.ndarray) -> list[tuple[float, str]]:
-    """Both ends and, if it is on the axis, the model itself."""
-    ticks = [float(step) for step in (steps[0], 0.0, steps[-1]) if steps[0] <= step <= steps[-1]]
-    return [(tick, _step_text(tick)) for tick in dict.fromkeys(ticks)]
+    """Both ends and, if it is on the axis and there is room, the model itself."""
+    low, high = float(steps[0]), float(steps[-1])
+    middle = [0.0] if min(-low, high) > 0.2 * (high - low) else []
+    return [(tick, _step_text(tick)) for tick in dict.fromkeys((low, *middle, high))]
 
 
 def _step_text(step: float) -> str:
-    return f"{step:g}".replace("-", "\N{MINUS SIGN}")
+    return f"{step:.3g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _colours(levels: int = 256) -> Colormap:

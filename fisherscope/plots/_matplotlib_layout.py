@@ -80,7 +80,7 @@ class Page:
     ) -> None:
         self.panels, count = panels, len(panels.panels)
         self.width = _width_of(panels.width, COLUMN if count == 1 else PAGE)
-        self.is_bar_below = self.width == COLUMN and count > 1
+        self.is_bar_below = self.width == COLUMN
         self.marks = panels.references
         marked = max((text_width(_narrow(mark.label)) for mark in self.marks), default=0.0)
         beside = 0.10 if self.is_bar_below else _BAR_LABELS + _BAR + marked + 0.12
