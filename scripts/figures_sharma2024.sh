@@ -6,13 +6,14 @@
 #   scripts/figures_sharma2024.sh figures/sharma2024/bert builtin:docs builtin:bert
 #   scripts/figures_sharma2024.sh figures/sharma2024/gpt2 wikitext.txt gpt2 --device cuda
 #
-# The flags go to every command that loads the model. POINTS, EXAMPLES, SPAN, REPLICATES and SHARES may be set in the
-# environment. A run that was stopped goes on where it was; commands.txt in the folder is what was run.
+# The flags go to every command that loads the model. POINTS, FEWER (points of the many curves of figure 2), EXAMPLES,
+# SPAN, REPLICATES and SHARES may be set in the environment. A run that was stopped goes on where it was; commands.txt in
+# the folder is what was run.
 set -euo pipefail
 
 out=$1 data=$2 model=$3
 flags=("${@:4}")
-: "${POINTS:=17}" "${EXAMPLES:=48}" "${SPAN:=0.8}" "${REPLICATES:=8}" "${SHARES:=0.05 0.1 0.2 0.4}"
+: "${POINTS:=17}" "${FEWER:=11}" "${EXAMPLES:=48}" "${SPAN:=0.8}" "${REPLICATES:=8}" "${SHARES:=0.05 0.1 0.2 0.4}"
 mkdir -p "$out"
 : > "$out/commands.txt"
 
@@ -23,7 +24,7 @@ fisherscope() {
 source=(--model "$model" --data "$data" ${flags[@]+"${flags[@]}"})
 scan=(landscape "${source[@]}" --num-examples "$EXAMPLES" --span "$SPAN")
 surface=("${scan[@]}" --points "$POINTS" --clip --resume)
-curve=("${scan[@]}" --axes 1 --points "$POINTS" --replicates "$REPLICATES" --scores "$out/by_token.h5" --resume)
+curve=("${scan[@]}" --axes 1 --replicates "$REPLICATES" --scores "$out/by_token.h5" --resume)
 
 # Scores: as published (sequences, labels of the data), and those that predict the loss (tokens, labels drawn)
 fisherscope fisher "${source[@]}" --num-examples 512 --out "$out/scores.h5" --resume
@@ -63,7 +64,7 @@ done
 # Figure 2: curves along several directions for narrower and narrower masks, raw and of equal size
 half=()
 for select in top random bottom; do
-  fisherscope "${curve[@]}" --mask "$out/${select}_0.5.safetensors" --match norm --out "$out/curve_${select}_0.5.h5"
+  fisherscope "${curve[@]}" --points "$POINTS" --mask "$out/${select}_0.5.safetensors" --match norm --out "$out/curve_${select}_0.5.h5"
   half+=("$out/curve_${select}_0.5.h5")
 done
 fisherscope plot "${half[@]}" --titles "top 50 %" "random 50 %" "bottom 50 %" --out "$out/figure2_halves.png" --overwrite
@@ -71,12 +72,12 @@ fisherscope info "${half[@]}" > "$out/figure2_halves.txt"
 for match in none norm; do
   narrow=() titles=()
   for share in $SHARES; do
-    fisherscope "${curve[@]}" --mask "$out/top_$share.safetensors" --match $match --out "$out/curve_top_${share}_$match.h5"
+    fisherscope "${curve[@]}" --points "$FEWER" --mask "$out/top_$share.safetensors" --match $match --out "$out/curve_top_${share}_$match.h5"
     narrow+=("$out/curve_top_${share}_$match.h5") titles+=("top $share")
   done
   for share in $SHARES; do
     if [ $match = none ]; then # a random mask is as large either way
-      fisherscope "${curve[@]}" --mask "$out/random_$share.safetensors" --out "$out/curve_random_$share.h5"
+      fisherscope "${curve[@]}" --points "$FEWER" --mask "$out/random_$share.safetensors" --out "$out/curve_random_$share.h5"
     fi
     narrow+=("$out/curve_random_$share.h5") titles+=("random $share")
   done

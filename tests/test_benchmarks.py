@@ -45,9 +45,10 @@ def test_the_landscape_benchmark_measures_points_and_what_is_kept(tmp_path: Path
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     parts = json.loads((tmp_path / "out.json").read_text())["parts"]
-    assert list(parts) == ["point", "prefix", "vmap", "peer"]
+    assert list(parts) == ["point", "prefix", "vmap", "adaptive", "peer"]
     assert parts["point"]["rows"]["fisherscope"]["ratio"] > 0 and parts["point"]["over_the_pass_it_runs"] > 0
     assert all(row["same_bits"] and row["held_bytes"] > 0 for row in parts["prefix"].values())
     assert all(gain > 0 for gain in parts["vmap"].values())
+    assert all(0 < row["points"] <= 81 and row["percentile95"] >= 0 for row in parts["adaptive"]["rows"].values())
     assert "loss_landscapes" in parts["peer"].get("failure", "") or parts["peer"]["oracle"]["fisherscope"]["wrong"] == 0
     assert "| fisherscope |" in (tmp_path / "out.md").read_text()
