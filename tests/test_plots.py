@@ -31,7 +31,14 @@ from fisherscope.plots import _matplotlib, _plotly
 from fisherscope.plots._prepare import Compared, Layers, Lines, Panels, Sites, columns, decades, spread
 from fisherscope.plots._prepare_comparison import compared
 from fisherscope.plots._prepare_landscapes import logarithmic_ticks, panels, round_ticks, short_title
-from fisherscope.plots._prepare_scores import layers, short_labels, sorted_lines, stability_lines, thinned
+from fisherscope.plots._prepare_scores import (
+    layers,
+    parameter_lines,
+    short_labels,
+    sorted_lines,
+    stability_lines,
+    thinned,
+)
 from fisherscope.plots._prepare_sites import sites_shown
 from fisherscope.scores import FisherScores
 from fisherscope.stability import Quarters
@@ -290,6 +297,16 @@ def test_sorted_parameters_are_the_means_of_every_parameter():
     given = some_scores()
     (line,) = sorted_lines(given, "parameter", False, None).lines
     assert line.y.tolist() == pytest.approx(sorted(sum(t.tolist()) / t.numel() for t in given.values()), rel=1e-6)
+
+
+def test_parameters_in_the_models_order_are_their_means_and_gaps_where_they_are_zero():
+    given = scores({"b.w": [4.0, 2.0], "a.w": [0.0, 0.0], "c.w": [1.0, 2.0]})
+    lines = parameter_lines(given, None)
+    assert lines.lines[0].x.tolist() == [1.0, 2.0, 3.0]
+    assert np.array_equal(lines.lines[0].y, [3.0, np.nan, 1.5], equal_nan=True)
+    assert lines.notes == ("scores: 1 of 3 parameters are exactly 0",)
+    with pytest.raises(ValueError, match="All scores of scores are 0, so there is nothing to draw"):
+        parameter_lines(scores({"a.w": [0.0, 0.0]}), None)
 
 
 def test_normalized_scores_run_from_zero_to_one_and_keep_their_zeros():

@@ -229,6 +229,21 @@ def test_scores_that_foretell_no_loss_draw_none():
         assert shown(replace(one, geometry=other), plot="curves").panels[0].quadratic is None
 
 
+@pytest.mark.parametrize("count", [4, 5])
+def test_crowded_figures_have_no_quadratics(count: int):
+    """Nobody could tell which is whose."""
+    drawn = shown(*[several(3)] * count, plot="curves").panels
+    assert [panel.quadratic is not None for panel in drawn] == [count <= 4] * count
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_landscapes_of_four_axes_are_refused_in_one_sentence(axes: int):
+    four = Axis("axis0", np.array([-1.0, 0.0, 1.0]), 1.0, 1)
+    given = Landscape((four,) * 4, np.ones((3,) * 4), np.ones((3,) * 4, dtype=bool))
+    with pytest.raises(ValueError, match="got 4"):
+        panels(given, "loss", None, axes=axes, plot="curves")
+
+
 def test_printed_curves_have_a_band_and_thin_lines_while_they_are_few():
     given = several(3)
     axes = _matplotlib.curves(shown(given, plot="curves")).axes[0]

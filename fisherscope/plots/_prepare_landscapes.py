@@ -20,6 +20,9 @@ MARGIN_ABOVE_GUESSING = 0.5
 
 _REFERENCES = {"uniform": ("ln V", "ln V"), "unigram": ("unigram entropy", "unigram")}
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+MOST_QUADRATICS = 4
+"""Curves up to which the Fisher quadratic of each is drawn; with more, nobody could tell which is whose."""
+
 _LOSSES = ("loss", "perplexity")  # what has lines of reference, a ceiling and a Fisher quadratic
 
 
@@ -57,6 +60,8 @@ def panels(
     shown = [part for part, _ in parts]
     scale, cut = _scale(shown, metric, is_log=plot == "contour" and metric == "loss")
     drawn = tuple(_panel(part, name, scale) for part, name in parts)
+    if len(drawn) > MOST_QUADRATICS:
+        drawn = tuple(replace(panel, quadratic=None) for panel in drawn)
     notes = (cut, _grid_note(shown), _replicates_note(shown), _directions_note(given), _data_note(given))
     return Panels(drawn, scale, _distinct(shown, scale), tuple(filter(None, notes)), width)
 
@@ -126,7 +131,7 @@ def _check_axes(given: Sequence[Landscape], allowed: Sequence[int], plot: str) -
             "draw those with one axis by curves and those with two by surface or contour."
         )
     if found[0] not in allowed:
-        instead = {1: "; use curves", 2: "; use surface or contour", 3: "; use contour or volume"}[found[0]]
+        instead = {1: "; use curves", 2: "; use surface or contour", 3: "; use contour or volume"}.get(found[0], "")
         number = " or ".join(("one axis", "two axes", "three axes")[axes - 1] for axes in allowed)
         raise ValueError(f"{plot} needs landscapes of exactly {number}, got {found[0]}{instead}.")
 
@@ -384,7 +389,7 @@ def _references(landscape: Landscape) -> list[Reference]:
 def _distinct(given: Sequence[Landscape], scale: Scale) -> tuple[Reference, ...]:
     """The references inside the scale, once each if they agree to the three digits that a figure shows."""
     found = {(r.label, f"{r.value:.3g}"): r for landscape in given for r in _references(landscape)}
-    return tuple(r for r in found.values() if scale.low <= r.value <= scale.high)
+    return tuple(r for r in found.values() if scale.low <= r.value <= scale.high and scale.metric in _LOSSES)
 
 
 def _grid_note(given: Sequence[Landscape]) -> str:
