@@ -5,7 +5,9 @@ is the only module that knows how Hugging Face lays models out; nothing here dep
 """
 
 import contextlib
+import copy
 import functools
+import inspect
 import logging
 import re
 import weakref
@@ -13,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +45,8 @@ def load_model(
     *,
     objective: str | None = None,
     num_labels: int | None = None,
+    init: Literal["pretrained", "random"] = "pretrained",
+    next_sentence: bool = False,
     seed: int = 0,
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -56,6 +60,9 @@ def load_model(
         objective: ``"mlm"``, ``"causal-lm"``, ``"seq2seq-lm"``, ``"classification"`` or ``"regression"``; None takes
             the head the checkpoint was saved with.
         num_labels: Number of classes of a classification head; None keeps the checkpoint's.
+        init: ``"random"`` takes nothing but the architecture and the tokenizer from the checkpoint.
+        next_sentence: With the objective ``"mlm"``: also the head that says whether two texts follow each other, of a
+            model that :func:`has_next_sentence_head`.
         seed: Draws the parameters the checkpoint lacks (a new head), which one warning names.
         revision: Branch, tag or commit on the Hub.
         dtype: Of the weights, whatever the checkpoint's is.
@@ -73,17 +80,27 @@ def load_model(
         objective = objective or _objective_of_config(config, str(name))
         check_objective(objective)
         labels = _head_size(config, objective, num_labels, str(name))
-        auto_class = _auto_class(config, objective, str(name))
+        auto_class = (
+            transformers.AutoModelForPreTraining if next_sentence else _auto_class(config, objective, str(name))
+        )
         with torch.random.fork_rng(devices=[]), quiet_transformers():
             torch.manual_seed(seed)
-            model, report = auto_class.from_pretrained(
-                path, revision=revision, dtype=dtype, output_loading_info=True, **labels
-            )
+            if init == "random":
+                config = transformers.AutoConfig.from_pretrained(path, revision=revision, **labels)
+                model = auto_class.from_config(config, dtype=dtype)
+                missing = list(dict(model.named_parameters()))
+            else:
+                model, report = auto_class.from_pretrained(
+                    path, revision=revision, dtype=dtype, output_loading_info=True, **labels
+                )
+                missing = report["missing_keys"]
     tokenizer = _load_tokenizer(path, revision, str(name))
     model.config.pad_token_id = padding_id(tokenizer)  # a decoder's classification head finds the last token by it
     _limit_length(tokenizer, model.config)
-    new = sorted(set(report["missing_keys"]) & set(dict(model.named_parameters())))
-    if new:
+    new = sorted(set(missing) & set(dict(model.named_parameters())))
+    if init == "random":
+        logger.info("All parameters of %s are drawn at random from seed %d.", name, seed)
+    elif new:
         logger.warning(
             "%s has no weights for %d parameters, for example '%s'; they are drawn at random from seed %d.",
             name,
@@ -103,6 +120,29 @@ def load_model(
         "seed": seed if new else None,
     }
     return model, tokenizer
+
+
+def has_next_sentence_head(name: str | Path, *, revision: str | None = None) -> bool:
+    """Whether a checkpoint's family was pretrained to say, too, which texts follow each other (Devlin et al. 2019).
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+    """
+    import transformers
+
+    with _one_sentence(str(name)):
+        config = transformers.AutoConfig.from_pretrained(_resolve(str(name)), revision=revision)
+    classes: Any = transformers.AutoModelForPreTraining._model_mapping
+    return type(config) in classes and _has_next_sentence_head(classes[type(config)].__name__)
+
+
+@functools.cache
+def _has_next_sentence_head(class_name: str) -> bool:
+    """Whether a class of transformers takes labels for tokens and for pairs: a head for both."""
+    import transformers
+
+    forward = getattr(getattr(transformers, class_name, None), "forward", None)
+    return forward is not None and {"labels", "next_sentence_label"} <= set(inspect.signature(forward).parameters)
 
 
 def shown_name(name: str | Path) -> str:
@@ -275,7 +315,7 @@ def _objective_of_class(class_name: str, config: Any) -> str | None:
     for objective, table in tables.items():  # in this order: each table also lists models of the ones before
         if class_name in table.values():
             return objective
-    return None
+    return "mlm" if _has_next_sentence_head(class_name) else None
 
 
 def check_head(model: nn.Module, objective: object) -> None:
@@ -330,6 +370,81 @@ def describe(model: nn.Module) -> dict[str, Any]:
     }
 
 
+def new_parameters(model: nn.Module) -> list[str]:
+    """The parameters that the checkpoint lacked; none of a model that :func:`load_model` did not load."""
+    return list(_loaded.get(model, {}).get("new_parameters", ()))
+
+
+def untrained(model: nn.Module, seed: int) -> nn.Module:
+    """A model of the same class and configuration, on the CPU, as its class initialises it.
+
+    Global generators stay as they are.
+    """
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        torch.default_generator.manual_seed(seed)
+        return type(model)(copy.deepcopy(model.config))
+
+
+@torch.no_grad()
+def take_backbone(model: nn.Module, trained: nn.Module) -> None:
+    """Give a model the values of another one's backbone, and of its pooler if both have one; heads keep their own.
+
+    What was copied counts as given by the checkpoint from then on.
+    """
+    values = {name: p.detach() for name, p in trained.named_parameters()}
+    prefix, own = backbone_prefix(model), dict(model.named_parameters())
+    aligned = align(values, backbone_prefix(trained), model)
+    taken = {name: value for name, value in aligned.items() if name.startswith(prefix)}
+    for name, value in taken.items():
+        own[name].copy_(value)
+    if facts := _loaded.get(model):
+        _loaded[model] = facts | {"new_parameters": [name for name in facts["new_parameters"] if name not in taken]}
+
+
+OTHER_TASKS = "other_tasks"
+"""The module inside a model where the heads of other tasks are."""
+
+
+def share_backbone(model: nn.Module, other: nn.Module, name: str) -> None:
+    """Let another model of the same class of backbone compute with this model's, and keep its head in this model.
+
+    The other model has its own head, this backbone, and its own configuration of what it predicts. The head's
+    parameters are this model's, too, as ``other_tasks.NAME.…``, after its own.
+
+    Args:
+        model: The model.
+        other: The model that loses its backbone.
+        name: Of the head inside the model.
+
+    Raises:
+        ValueError: If the model has no backbone apart from its head.
+    """
+    if not (backbone_prefix(model) and backbone_prefix(model) == backbone_prefix(other)):
+        raise ValueError(f"A {type(model).__name__} has no backbone apart from its head; train one task at a time.")
+    attribute = backbone_prefix(model).removesuffix(".")
+    setattr(other, attribute, getattr(model, attribute))
+    head = nn.Module()
+    for child, module in other.named_children():
+        if child != attribute:
+            head.add_module(child, module)
+    for own, parameter in other.named_parameters(recurse=False):
+        head.register_parameter(own, parameter)
+    if not hasattr(model, OTHER_TASKS):
+        model.add_module(OTHER_TASKS, nn.ModuleDict())
+    key = re.sub(r"\W", "_", name)
+    model.get_submodule(OTHER_TASKS).add_module(key, head)
+    if facts := _loaded.get(model):
+        new = [n for n in new_parameters(other) if not n.startswith(backbone_prefix(other))]
+        added = [f"{OTHER_TASKS}.{key}.{n}" for n in new]
+        _loaded[model] = facts | {"new_parameters": [*facts["new_parameters"], *added]}
+
+
+def without_other_tasks(model: nn.Module) -> None:
+    """Take the heads of other tasks out again."""
+    if hasattr(model, OTHER_TASKS):
+        delattr(model, OTHER_TASKS)
+
+
 def weights_fingerprint(model: nn.Module, *, backbone_only: bool = False) -> str:
     """SHA-256 over names, shapes and float32 values of all parameters, or of the backbone's; 16 hexadecimal digits."""
     parameters = dict(model.named_parameters())
@@ -352,6 +467,42 @@ def transposed_parameters(model: nn.Module) -> set[str]:
 def row_axis(name: str, transposed: set[str] | list[str]) -> int:
     """The axis that counts the rows of a parameter: output units, embedded tokens."""
     return 1 if name in transposed else 0
+
+
+_QUERIES_AND_VALUES = frozenset(
+    [
+        "query",
+        "value",
+        "query_proj",
+        "value_proj",
+        "q_proj",
+        "v_proj",
+        "q_lin",
+        "v_lin",
+        "q",
+        "v",
+        "query_key_value",
+        "qkv_proj",
+        "Wqkv",
+        "c_attn",
+        "in_proj",
+    ]  # those of one piece with the keys
+)
+
+
+def query_value_layers(model: nn.Module) -> list[str]:
+    """Paths of the linear layers that make the queries and values of attention, as far as their names tell.
+
+    Where one layer makes keys, too, it is among them. Attention that holds raw parameters has none.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    parts = {path: path.split(".") for path, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    return [
+        path
+        for path, names in parts.items()
+        if names[-1] in _QUERIES_AND_VALUES and any("att" in name.lower() for name in names[:-1])
+    ]
 
 
 _NUMBERED = re.compile(r"^(?:.*?\.)?\d+(?=\.)")

@@ -307,7 +307,10 @@ def _shifted_right(model: nn.Module, labels: Tensor) -> Tensor:
 
 
 def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    logits: Any = getattr(model(**inputs), "logits", None)
+    output: Any = model(**inputs)
+    logits = getattr(output, "logits", None)
+    if logits is None:
+        logits = getattr(output, "prediction_logits", None)  # of a head for tokens beside another one
     if logits is None:
         raise ValueError(f"{type(model).__name__} returns no logits; load the model with a head for the objective.")
     return _wide(logits)

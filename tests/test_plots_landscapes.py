@@ -15,7 +15,7 @@ from scipy import stats
 from test_plots import axis, bowl, centre_colours, landscape, overflow, regions
 
 from fisherscope import plots
-from fisherscope.landscape import Landscape
+from fisherscope.landscape import Axis, Landscape
 from fisherscope.landscape.surface import Geometry, Marker, Prediction, mean_of
 from fisherscope.plots import _matplotlib
 from fisherscope.plots._prepare import Panels

@@ -21,6 +21,7 @@ from torch.optim import AdamW, Optimizer
 
 import fisherscope as fs
 from fisherscope.finetune import METHODS, Applied, Composed, Regularizer, parts
+from fisherscope.finetune.methods.fixed_mask import new_names
 from fisherscope.finetune.methods.teacher_free import VirtualTeacher
 from fisherscope.finetune.methods.weights_mixup import mixed_matrices
 from fisherscope.masks import Mask
@@ -84,17 +85,25 @@ class Entry:
         neutral: It, at a setting that changes nothing; None if there is none.
         refused: By name of the model, the error that documents that it cannot work there.
         repeatable: Whether its first steps depend on the examples alone, not on draws for every batch.
+        inert: Whether it changes nothing in the block.
     """
 
     active: Callable[[Given], Regularizer]
     neutral: Callable[[Given], Regularizer] | None = None
     refused: Mapping[str, str] | None = None
     repeatable: bool = False
+    inert: bool = False
 
 
 def of(method: str, **settings: Any) -> Callable[[Given], Regularizer]:
     """The method with settings; those that are functions are called with what is given."""
     return lambda on: METHODS[method](**{k: v(on) if callable(v) else v for k, v in settings.items()})
+
+
+def the_weights(on: Given) -> dict[str, Tensor]:
+    """Of the backbone, as if the head were new."""
+    new = new_names(on.model)
+    return {name: p.detach().clone() for name, p in on.model.named_parameters() if name not in new}
 
 
 def the_scores(on: Given) -> FisherScores:
@@ -107,13 +116,17 @@ def another(on: Given) -> nn.Module:
 
 
 TABLE: dict[str, Entry] = {
-    "vanilla": Entry(of("vanilla"), of("vanilla"), repeatable=True),
+    "vanilla": Entry(of("vanilla"), repeatable=True, inert=True),
     "guided-dropout": Entry(
         of("guided-dropout", scores=the_scores),
         of("guided-dropout", scores=the_scores, highest=0.1, lowest=0.1),
     ),
     "gaussian-dropout": Entry(of("gaussian-dropout", rate=0.2)),
     "r-drop": Entry(of("r-drop"), of("r-drop", weight=0.0)),
+    "r3f": Entry(of("r3f"), of("r3f", weight=0.0)),
+    "r4f": Entry(of("r4f")),
+    "smart": Entry(of("smart", total_steps=4), of("smart", total_steps=4, adversarial_weight=0.0, bregman_weight=0.0)),
+    "lnsr": Entry(of("lnsr"), of("lnsr", weight=0.0)),
     "fixed-mask": Entry(
         of("fixed-mask", mask=lambda on: on.mask), of("fixed-mask", mask=lambda on: on.full_mask), repeatable=True
     ),
@@ -141,8 +154,44 @@ TABLE: dict[str, Entry] = {
         of("teacher-free-distillation", teacher=lambda on: VirtualTeacher()),
         of("teacher-free-distillation", teacher=lambda on: VirtualTeacher(), weight=0.0),
     ),
+    "weight-decay-pretrained": Entry(of("weight-decay-pretrained", anchor=the_weights), repeatable=True),
+    "l2-sp": Entry(
+        of("l2-sp", anchor=the_weights, alpha=1.0),
+        of("l2-sp", anchor=the_weights, alpha=0.0, beta=0.0),
+        repeatable=True,
+    ),
+    "recadam": Entry(of("recadam", anchor=the_weights, total_steps=4, gamma=5.0, t0=0.5), repeatable=True),
+    "mixout": Entry(
+        of("mixout", anchor=the_weights),
+        of("mixout", anchor=the_weights, rate=0.0, keep_dropout=True),
+        repeatable=True,
+    ),
+    "re-init": Entry(of("re-init"), of("re-init", reinit_layers=0, pooler=False), repeatable=True),
+    "layerwise-lr-decay": Entry(of("layerwise-lr-decay"), of("layerwise-lr-decay", decay=1.0), repeatable=True),
+    "gradual-unfreezing": Entry(
+        of("gradual-unfreezing", total_steps=4),
+        of("gradual-unfreezing", total_steps=4, share=0.0, ratio=1.0),
+        repeatable=True,
+    ),
+    "linear-probe": Entry(of("linear-probe"), repeatable=True),
+    "vanilla-undebiased": Entry(of("vanilla-undebiased"), repeatable=True),
+    "vanilla-long": Entry(of("vanilla-long"), repeatable=True, inert=True),
     "weights-mixup": Entry(
         lambda on: METHODS["weights-mixup"](**on.factors(0.8)), lambda on: METHODS["weights-mixup"](**on.factors(1.0))
+    ),
+    "lora": Entry(of("lora", rank=2), repeatable=True),
+    "prompt-tuning": Entry(
+        of("prompt-tuning", virtual_tokens=3),
+        refused={
+            "GPT-2": "^prompt-tuning cannot be used for a GPT2ForSequenceClassification, which finds the end of a",
+            "T5": "^prompt-tuning puts tokens before a text that one stack of layers reads, which a T5For",
+        },
+        repeatable=True,
+    ),
+    "prefix-tuning": Entry(
+        of("prefix-tuning", virtual_tokens=3),
+        refused={"T5": "^prefix-tuning puts tokens before a text that one stack of layers reads, which a T5For"},
+        repeatable=True,
     ),
 }  # fmt: skip
 
@@ -166,7 +215,7 @@ def test_a_method_keeps_what_regularizers_promise(method: str, model: str):
     on, entry_ = given(model), TABLE[method]
     regularizer = entry_.active(on)
     neutral = None if entry_.neutral is None else entry_.neutral(on)
-    neutral = regularizer if method == "vanilla" else neutral
+    neutral = regularizer if entry_.inert else neutral
     batches = batched(on.made.examples, 2)
     with untouched(on.model):
         if message := is_refused(method, model):

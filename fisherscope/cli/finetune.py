@@ -13,6 +13,8 @@ from ._common import add_general_flags
 
 TRAINING = ("epochs", "max_steps", "batch_size", "accumulate", "learning_rate", "weight_decay", "warmup", "precision")
 
+STAGES = ("tasks", "sampling_exponent", "init", "pretrain_text", "pretrain_steps", "intermediate_task")
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The keywords of ``finetune``, and the settings of every method."""
@@ -23,6 +25,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     origin = what.add_mutually_exclusive_group(required=True)
     origin.add_argument("--task", choices=TASKS, metavar="NAME", help=", ".join(TASKS))
     origin.add_argument("--data", help="instead of --task: text to train on, as for the other commands")
+    origin.add_argument(
+        "--tasks", type=lambda names: names.split(","), metavar="A,B,C", help="instead of --task: several at once"
+    )
+    what.add_argument(
+        "--sampling-exponent",
+        type=float,
+        help="with --tasks: draw them in proportion to their size to this power; default: 1.0",
+    )
+    what.add_argument("--init", choices=("pretrained", "random"), default="pretrained", help="of the weights")
+    what.add_argument("--pretrain-text", metavar="DATA", help="text for more masked language modelling first")
+    what.add_argument("--pretrain-steps", type=int, help="optimizer steps of that; default: one pass over the text")
+    what.add_argument("--intermediate-task", choices=TASKS, metavar="NAME", help="a task to fine-tune on first")
     what.add_argument("--validation-data", metavar="DATA", help="with --data: what is measured after every epoch")
     what.add_argument("--objective", choices=OBJECTIVES, help="with --data; default: that of the checkpoint's head")
     what.add_argument(
@@ -122,6 +136,7 @@ def run(args: argparse.Namespace) -> None:
         results = finetune(
             args.model,
             **{name: getattr(args, name) for name in ("task", "data", "validation_data", "objective", "data_dir")},
+            **{name: getattr(args, name) for name in STAGES},
             text_columns=args.text_columns,
             label_column=args.label_column,
             method=args.method,

@@ -36,6 +36,11 @@ class RegularizerCallback(TrainerCallback):
         self.regularizer = regularizer
         self._stack, self._applied = ExitStack(), Applied()
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **facts: Any) -> None:
+        """Let it add its parameters, so that the optimizer and checkpoints have them."""
+        del args, state, control
+        self.regularizer.extend(facts["model"])
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **facts: Any
     ) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..data import load_batches
-from ..models import align, backbone_prefix, infer_objective, load_model, measuring
+from ..models import infer_objective, load_model, measuring, take_backbone
 from ..objectives import example_losses
 
 NUM_EXAMPLES = 512
@@ -29,7 +29,7 @@ def pretraining_loss(
     device = None if trained is None else str(next(trained.parameters()).device)
     model, tokenizer = load_model(name, revision=revision, device=device)
     if trained is not None:
-        _take_backbone(model, trained)
+        take_backbone(model, trained)
     objective = infer_objective(model)
     batches = load_batches(data, tokenizer, objective=objective, num_examples=NUM_EXAMPLES, seed=0)
     total, count = 0.0, 0
@@ -38,13 +38,3 @@ def pretraining_loss(
             losses = example_losses(model, batch, objective)
             total, count = total + float(losses.total.sum()), count + int(losses.count.sum())
     return total / count
-
-
-@torch.no_grad()
-def _take_backbone(model: nn.Module, trained: nn.Module) -> None:
-    values = {name: p.detach() for name, p in trained.named_parameters()}
-    prefix = backbone_prefix(model)
-    own = dict(model.named_parameters())
-    for name, value in align(values, backbone_prefix(trained), model).items():
-        if name.startswith(prefix):
-            own[name].copy_(value)

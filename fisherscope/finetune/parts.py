@@ -2,13 +2,13 @@
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
 from .._typing import Bool
 from ..models import DropoutSite, layer_of
@@ -55,6 +55,101 @@ def after_steps(optimizer: Any, action: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def around_steps(optimizer: Any, step: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    """Enter a context before every optimizer step and leave it right after, before anything of :func:`after_steps`.
+
+    A context that is put around steps later lies inside. A step that fp16 scaling skips does not count.
+
+    Args:
+        optimizer: The optimizer.
+        step: Makes the context of one step; what it does to the optimizer's groups it has to undo in ``finally``.
+    """
+    with ExitStack() as entered, before_steps(optimizer, lambda: entered.enter_context(step())):
+        hooks = innermost(optimizer)._optimizer_step_post_hooks
+        others = dict(hooks)
+        hooks.clear()
+        handle = innermost(optimizer).register_step_post_hook(lambda *_: entered.close())
+        hooks.update(others)  # which come after it
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+Rewrite = Callable[[nn.Parameter, Tensor, dict[str, Any]], None]
+
+
+@contextmanager
+def steps_rewritten(optimizer: Any, parameters: Collection[nn.Parameter], rewrite: Rewrite) -> Iterator[None]:
+    """Change what optimizer steps did to some parameters; the optimizer's state is what it made of the gradients.
+
+    Args:
+        optimizer: Of the parameters.
+        parameters: Which ones; those without a gradient are left alone.
+        rewrite: Called without gradients with a parameter after the step, its value before, and its group.
+    """
+
+    @contextmanager
+    def step() -> Iterator[None]:
+        groups = {p: group for group in innermost(optimizer).param_groups for p in group["params"]}
+        before = {p: p.detach().clone() for p in parameters if p.grad is not None and p in groups}
+        yield
+        with torch.no_grad():
+            for parameter, value in before.items():
+                rewrite(parameter, value, groups[parameter])
+
+    with around_steps(optimizer, step) if parameters else nullcontext():
+        yield
+
+
+def rates_scaled(optimizer: Any, factors: Mapping[nn.Parameter, float]) -> AbstractContextManager[None]:
+    r"""Train parameters at a multiple of their learning rate: :math:`\theta + f\,(\theta' - \theta)` after a step.
+
+    This is what a group of its own with that rate does, with its decoupled decay; a factor of 1 touches nothing.
+
+    Args:
+        optimizer: Of the parameters.
+        factors: By parameter.
+    """
+
+    def scale(parameter: nn.Parameter, before: Tensor, group: dict[str, Any]) -> None:
+        del group
+        parameter.copy_(before + factors[parameter] * (parameter - before))
+
+    return steps_rewritten(optimizer, [p for p, factor in factors.items() if factor != 1], scale)
+
+
+def the_adamw(optimizer: Any, method: str) -> AdamW:
+    """The torch optimizer, which has to be AdamW.
+
+    Raises:
+        ValueError: If it is another one.
+    """
+    inner = innermost(optimizer)
+    if not isinstance(inner, AdamW):
+        raise ValueError(
+            f"{method} is a form of AdamW, but the optimizer is {type(inner).__name__}; take torch's AdamW."
+        )
+    return inner
+
+
+def anchored(model: nn.Module, anchor: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of an anchor where the model's parameters are, by name.
+
+    Raises:
+        ValueError: If the model lacks a parameter, or has it in another shape.
+    """
+    parameters = dict(model.named_parameters())
+    for name, value in anchor.items():
+        if name not in parameters or parameters[name].shape != value.shape:
+            raise ValueError(
+                f"The anchor does not fit this model, which has no parameter '{name}' of shape {list(value.shape)}; "
+                "take values of the same model."
+            )
+    return {name: v.detach().to(parameters[name].device, parameters[name].dtype) for name, v in anchor.items()}
 
 
 def _is_skipped(optimizer: Any) -> bool:
@@ -166,6 +261,12 @@ def _is_table(module: nn.Module, attribute: str) -> bool:
     """Whether a parameter is added, looked up or convolved, as far as its module's type and its own name tell."""
     tables = (nn.Embedding, nn.modules.conv._ConvNd)
     return isinstance(module, tables) or "bias" in attribute or "embed" in attribute
+
+
+def is_normalisation(module: nn.Module) -> bool:
+    """Whether a module normalises activations, as far as its type tells."""
+    kinds = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
+    return isinstance(module, kinds) or "norm" in type(module).__name__.lower()
 
 
 def is_in_numbered_layer(name: str) -> bool:

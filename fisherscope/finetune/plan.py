@@ -4,7 +4,7 @@ import difflib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +19,13 @@ from ..metrics import CLASSIFICATION, REGRESSION
 from ..models import saved_classes, saved_objective, shown_name
 from ..scores import FisherScores
 from . import methods  # noqa: F401  registers them
-from .regularizer import METHODS, Composed, Regularizer
+from .regularizer import METHODS, Composed, Regularizer, check_together
 from .run import Run
 
 Precision = Literal["float32", "bfloat16", "float16"]
+
+MEAN = "mean"
+"""The main metric of several tasks: the mean of theirs."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,11 @@ class Recipe:
 
     def total_steps(self, num_examples: int) -> int:
         """Optimizer steps of the whole training."""
-        return self.max_steps or math.ceil(self.epochs * self.steps_per_epoch(num_examples))
+        return self.steps_of(self.steps_per_epoch(num_examples))
+
+    def steps_of(self, steps_per_epoch: int) -> int:
+        """The same, for epochs of so many steps."""
+        return self.max_steps or math.ceil(self.epochs * steps_per_epoch)
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,26 @@ class Plan:
     mask: Mask | None = None
     strict: bool = False
     forgetting: str | None = None
+    init: Literal["pretrained", "random"] = "pretrained"
+    stage: str | None = None  # what this is before another training
+    before: "Plan | None" = None  # the stage before this one
+    others: "tuple[Plan, ...]" = ()  # one for each further task that shares the backbone
+    sampling_exponent: float | None = None
+
+    @property
+    def tasks(self) -> "tuple[Plan, ...]":
+        """The plan of every task by itself."""
+        return (replace(self, others=(), sampling_exponent=None), *self.others)
+
+    @property
+    def title(self) -> str:
+        """The names of all tasks."""
+        return "+".join(plan.name for plan in self.tasks)
+
+    @property
+    def main_metric(self) -> str:
+        """The metric of the task, or the mean over several."""
+        return MEAN if self.others else self.metric
 
     @property
     def method_name(self) -> str:
@@ -109,25 +136,40 @@ class Plan:
         return {
             "model": shown_name(self.model),
             "revision": self.revision,
-            "task": self.name,
-            "objective": self.objective,
+            "task": self.title,
+            "objective": "+".join(plan.objective for plan in self.tasks),
             "train_size": self.train_size,
             "subset_seed": self.subset_seed,
             "max_length": self.max_length,
             **asdict(self.recipe),
             "method": self.method_name,
             "settings": self._settings(),
-            "data": {"train": self.train.fingerprint, "validation": self.validation and self.validation.fingerprint},
+            "data": self._fingerprints(),
             "scores": self.scores and _digest(self.scores),
             "mask": self.mask and _digest(self.mask),
             "measure_forgetting": self.forgetting and shown_name(self.forgetting),
+            **{name: value for name, value in self._extras().items() if value is not None},
+        }
+
+    def _fingerprints(self) -> dict[str, str | None]:
+        found = {"train": self.train.fingerprint, "validation": self.validation and self.validation.fingerprint}
+        others = {plan.name: plan._fingerprints() for plan in self.others}
+        return found | {f"{name}.{split}": value for name, by in others.items() for split, value in by.items()}
+
+    def _extras(self) -> dict[str, Any]:
+        """What most runs do without; None where this one does."""
+        return {
+            "init": self.init if self.init != "pretrained" else None,
+            "stage": self.stage,
+            "before": self.before and self.before.resolved(),
+            "sampling_exponent": self.sampling_exponent,
         }
 
     def _settings(self) -> dict[str, Any]:
         """Of every method, defaults included; of a regularizer of one's own, its plain fields."""
         if isinstance(self.method, str):
             given = {name: METHODS[name].settings() for name in self.method.split("+")}
-            return {m: {n: self.settings.get(n, p.default) for n, p in known.items()} for m, known in given.items()}
+            return {m: {n: _shown(self.settings.get(n, p.default)) for n, p in k.items()} for m, k in given.items()}
         own = fields(self.method) if is_dataclass(self.method) else ()
         return {f.name: v for f in own if isinstance(v := getattr(self.method, f.name), (int, float, str, bool))}
 
@@ -140,13 +182,18 @@ class Plan:
         if isinstance(self.method, Regularizer):
             return self.method
         parts = []
-        for name in self.method.split("+"):
+        for name in sorted(self.method.split("+"), key=lambda name: METHODS[name].order):
             known = METHODS[name].settings()
             parts.append(METHODS[name].for_run(run, **{k: v for k, v in self.settings.items() if k in known}))
         for given, value in (("scores", self.scores), ("mask", self.mask)):
             if value is not None and given not in run.supplied:
                 raise ValueError(f"{self.method} has no use for {given} here; leave {given} out.")
         return parts[0] if len(parts) == 1 else Composed(tuple(parts))
+
+
+def _shown(value: Any) -> Any:
+    """A setting as files hold it: what names a folder, without where it is."""
+    return shown_name(value) if isinstance(value, str) else value
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -157,13 +204,13 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 def data_of(
     model: str,
     revision: str | None,
-    task: str | None,
-    data: str | Path | None,
-    validation_data: str | Path | None,
-    objective: str | None,
-    data_dir: str | Path | None,
-    text_columns: Sequence[str] | None,
-    label_column: str | None,
+    task: str | None = None,
+    data: str | Path | None = None,
+    validation_data: str | Path | None = None,
+    objective: str | None = None,
+    data_dir: str | Path | None = None,
+    text_columns: Sequence[str] | None = None,
+    label_column: str | None = None,
 ) -> dict[str, Any]:
     """The fields of a plan that say what is trained on and measured; the arguments are those of ``finetune``."""
     unfit = {"validation_data": validation_data, "objective": objective, "text_columns": text_columns}
@@ -204,8 +251,21 @@ def check_method(method: str | Regularizer, settings: Mapping[str, Any]) -> None
             close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
             hint = f", did you mean {close[0]!r}?" if close else "."
             raise ValueError(f"The method must be one of {', '.join(sorted(METHODS))}; got {name!r}{hint}")
+    check_together(METHODS[name] for name in names)
     known = {setting: parameter for name in names for setting, parameter in METHODS[name].settings().items()}
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(sorted(known)) or 'none'}.")
     if missing := [name for name, p in known.items() if p.default is p.empty and name not in settings]:
         raise ValueError(f"{method} needs the setting {missing[0]!r}; give it a value.")
+
+
+def recipe_of(method: str | Regularizer, settings: Mapping[str, Any], recipe: Recipe) -> Recipe:
+    """What a run is trained by: the recipe, as its methods change it."""
+    if isinstance(method, str):
+        for name in method.split("+"):
+            known = METHODS[name].settings()
+            recipe = METHODS[name].recipe(recipe, **{key: value for key, value in settings.items() if key in known})
+        return recipe
+    for part in method.parts if isinstance(method, Composed) else [method]:
+        recipe = part.recipe(recipe, **vars(part))
+    return recipe

@@ -6,7 +6,7 @@ method of :func:`fisherscope.finetune`; its fields are the method's settings, on
 
 import dataclasses
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -16,12 +16,13 @@ from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from ..objectives import Batch, Predictions
+    from .plan import Recipe
     from .run import Run
 
 METHODS: "dict[str, type[Regularizer]]" = {}
 """The methods by name; :mod:`fisherscope.finetune.methods` fills it."""
 
-SUPPLIED = ("scores", "mask", "total_steps", "seed", "factors", "anchor")
+SUPPLIED = ("scores", "mask", "total_steps", "seed", "factors", "anchor", "teacher")
 """Fields of a regularizer that are no settings: a run supplies them."""
 
 
@@ -46,15 +47,35 @@ class Regularizer:
 
     Attributes:
         name: As ``--method`` takes it; a class without one is no method.
+        excludes: Names of methods that it cannot be combined with, and why: the end of a sentence.
+        order: Methods named together are prepared and applied from the lowest to the highest, whatever the order of
+            their names; those applied last change a step first.
     """
 
     name: ClassVar[str]
+    excludes: ClassVar[Mapping[str, str]] = {}
+    order: ClassVar[int] = 0
 
     def __init_subclass__(cls) -> None:
         """Register a class that has a name."""
         super().__init_subclass__()
         if "name" in cls.__dict__:
             METHODS[cls.name] = cls
+
+    def extend(self, model: nn.Module) -> None:
+        """Add parameters to a model before its optimizer is made, a checkpoint is loaded, or ranks share it.
+
+        Leaving :meth:`applied_to` takes them out again. A model that has them already is left alone; one that has not
+        gets them in :meth:`applied_to`, which is too late for a training that is resumed or has several ranks.
+
+        Raises:
+            ValueError: If the model cannot have them.
+        """
+
+    @property
+    def extends(self) -> bool:
+        """Whether it adds parameters, so that those of the model may have other names in the block."""
+        return type(self).extend is not Regularizer.extend
 
     def applied_to(self, model: nn.Module, optimizer: Optimizer) -> AbstractContextManager[Applied]:
         """Change how the model trains for the length of the block.
@@ -85,6 +106,11 @@ class Regularizer:
         return None
 
     @property
+    def stays(self) -> bool:
+        """Whether all that it trains is in the model after the block."""
+        return True
+
+    @property
     def has_penalty(self) -> bool:
         """Whether the loss gets a term."""
         return type(self).penalty is not Regularizer.penalty
@@ -100,11 +126,29 @@ class Regularizer:
         return cls(**supplied, **settings)
 
     @classmethod
+    def recipe(cls, recipe: "Recipe", **settings: Any) -> "Recipe":
+        """What the run is trained by, from what the user gave; the settings are those that were given."""
+        del settings
+        return recipe
+
+    @classmethod
     def settings(cls) -> dict[str, inspect.Parameter]:
         """The settings that ``--method`` takes for this class: name to annotation and default."""
         own, extra = (inspect.signature(f).parameters for f in (cls, cls.for_run))
         found = {name: p for name, p in own.items() if name not in SUPPLIED} if dataclasses.is_dataclass(cls) else {}
         return found | {name: p for name, p in extra.items() if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def check_together(methods: "Iterable[type[Regularizer]]") -> None:
+    """Refuse methods that cannot be combined.
+
+    Raises:
+        ValueError: If one excludes another one.
+    """
+    named = {method.name: method for method in methods if hasattr(method, "name")}
+    for name, method in named.items():
+        if other := next((other for other in method.excludes if other in named), None):
+            raise ValueError(f"{name} cannot be combined with {other}: {method.excludes[other]}; take one of them.")
 
 
 @contextmanager
@@ -118,9 +162,26 @@ class Composed(Regularizer):
 
     Attributes:
         parts: The regularizers.
+
+    Raises:
+        ValueError: If one excludes another one.
     """
 
     parts: Sequence[Regularizer]
+
+    def __post_init__(self) -> None:
+        """Refuse what does not go together."""
+        check_together(type(part) for part in self.parts)
+
+    def extend(self, model: nn.Module) -> None:
+        """Add the parameters of all parts."""
+        for part in self.parts:
+            part.extend(model)
+
+    @property
+    def extends(self) -> bool:
+        """Whether any part adds parameters."""
+        return any(part.extends for part in self.parts)
 
     @contextmanager
     def applied_to(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Applied]:
@@ -133,6 +194,11 @@ class Composed(Regularizer):
         terms = [part.penalty(model, batch, predictions) for part in self.parts if part.has_penalty]
         found = [term for term in terms if term is not None]
         return sum(found[1:], found[0]) if found else None
+
+    @property
+    def stays(self) -> bool:
+        """Whether that holds for all parts."""
+        return all(part.stays for part in self.parts)
 
     @property
     def has_penalty(self) -> bool:

@@ -1,6 +1,7 @@
 """What a method may ask of the run that it is for."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,11 @@ from .. import distributed, storage
 from ..data import Batches
 from ..fisher import estimate_fisher
 from ..masks import Mask
-from ..models import align, backbone_prefix, describe, find_difference
+from ..models import align, backbone_prefix, describe, find_difference, new_parameters
 from ..scores import FisherScores
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,9 @@ class Run:
         strict: Refuse scores and masks that were made from other weights.
         folder: Where scores that took their time are kept for a resumed training; None keeps none.
         supplied: What was asked for so far.
+        renewed: Names of parameters that a method drew anew: they have no pretrained value any more.
+        tokenizer: Of the model.
+        fine_tuned: Gives the checkpoint as vanilla fine-tunes it, with the same recipe, examples and seed.
     """
 
     model: "PreTrainedModel"
@@ -49,12 +53,16 @@ class Run:
     strict: bool = False
     folder: Path | None = None
     supplied: set[str] = field(default_factory=set)
+    renewed: set[str] = field(default_factory=set)
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+    fine_tuned: "Callable[[], PreTrainedModel] | None" = None
 
     def supply(self, name: str) -> Any:
         """What a regularizer's field of this name gets.
 
         Raises:
-            ValueError: If it is a mask and there is none, or what the user gave does not fit the model.
+            ValueError: If it is a mask and there is none, an anchor and no parameter is from a checkpoint, or what the
+                user gave does not fit the model.
         """
         self.supplied.add(name)
         if name == "scores":
@@ -63,7 +71,17 @@ class Run:
             if self.mask is None:
                 raise ValueError("This method needs a mask; give --mask FILE, as 'fisherscope mask' makes them.")
             return self._fitting(self.mask)
+        if name == "anchor":
+            return self._anchor()
         return {"total_steps": self.total_steps, "seed": self.seed}[name]
+
+    def _anchor(self) -> dict[str, torch.Tensor]:
+        """Copies of the pretrained values: of the parameters that are from the checkpoint and as it has them."""
+        new = {*new_parameters(self.model), *self.renewed}
+        found = {name: p.detach().to("cpu", copy=True) for name, p in self.model.named_parameters() if name not in new}
+        if not found:
+            raise ValueError("This method needs pretrained weights, but all of this model's are drawn at random.")
+        return found
 
     def estimated(self, **settings: Any) -> FisherScores:
         """Fisher scores of the model on its training examples, for the objective of the task."""

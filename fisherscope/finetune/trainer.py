@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,10 @@ from .. import distributed, storage
 from .._progress import progress_bar
 from ..data import Batches
 from ..data.corruption import IGNORED
-from ..data.sources import LABELLED_OBJECTIVES
-from ..metrics import metrics_of
-from ..models import measuring
 from ..objectives import predict
 from .callback import RegularizerCallback
+from .evaluation import Evaluation
+from .multitask import InOrder, SharedBackbone
 from .plan import Plan, Recipe
 from .regularizer import Regularizer
 
@@ -35,10 +33,11 @@ def make_trainer(
     folder: Path,
     model: "PreTrainedModel",
     train: Batches,
-    validation: Batches | None,
+    evaluate: "Evaluation | None",
     regularizer: Regularizer,
     keep: bool,
     shown: bool,
+    tasks: "SharedBackbone | None" = None,
 ) -> "tuple[Trainer, Watch]":
     """A Trainer that computes our loss, and the callback that measures it.
 
@@ -48,12 +47,15 @@ def make_trainer(
         folder: For checkpoints.
         model: The model.
         train: Examples.
-        validation: Examples to measure on.
+        evaluate: What is done after every epoch; None is nothing.
         regularizer: To apply.
         keep: Whether to save checkpoints.
         shown: Whether to show a progress bar.
+        tasks: Of several tasks, which share the model's backbone; their examples take the place of ``train``.
     """
-    recipe, total = plan.recipe, plan.recipe.total_steps(train.num_examples)
+    recipe = plan.recipe
+    an_epoch = recipe.steps_per_epoch(train.num_examples) if tasks is None else tasks.steps_per_epoch
+    total = recipe.steps_of(an_epoch)
     arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=recipe.epochs,
@@ -79,15 +81,17 @@ def make_trainer(
         ddp_find_unused_parameters=True if distributed.world_size() > 1 else None,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several ranks
-    watch = Watch(model, validation, plan.objective, recipe.steps_per_epoch(train.num_examples), keep, shown)
-    trainer = _OurTrainer(
+    watch = Watch(model, evaluate, an_epoch, keep, shown)
+    trainer = (_OurTrainer if tasks is None else _MultiTaskTrainer)(
         model,
         arguments,
-        train_dataset=_without_unscored(train),  # pyright: ignore[reportArgumentType]
+        train_dataset=_without_unscored(train) if tasks is None else tasks.examples,  # pyright: ignore
         data_collator=train.collate,
         callbacks=[_AppliedWithPenalty(regularizer), watch],
     )
     trainer.objective, trainer.regularizer, watch.trainer = plan.objective, regularizer, trainer
+    if isinstance(trainer, _MultiTaskTrainer) and tasks is not None:
+        trainer.tasks, trainer.order = tasks, tasks.order(total, seed)
     trainer.model_accepts_loss_kwargs = True  # our loss divides by the number of items of the whole step
     for quiet in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(quiet)
@@ -128,7 +132,7 @@ class _OurTrainer(Trainer):
         predictions = predict(model, inputs, self.objective)
         losses = predictions.losses()
         total = losses.total.sum()
-        penalty = self.regularizer.penalty(getattr(model, "module", model), inputs, predictions)
+        penalty = self.regularizer.penalty(self.view(model), inputs, predictions)
         if penalty is not None:
             total = total + penalty.sum()
         count = losses.count.sum() if num_items_in_batch is None else num_items_in_batch
@@ -136,6 +140,27 @@ class _OurTrainer(Trainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks
         return (loss, {}) if return_outputs else loss
+
+    def view(self, model: nn.Module) -> nn.Module:
+        """The model that a regularizer sees: without what ranks wrap it in."""
+        return getattr(model, "module", model)
+
+
+class _MultiTaskTrainer(_OurTrainer):
+    """All examples of an optimizer step are of one task."""
+
+    tasks: SharedBackbone
+    order: np.ndarray
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        with self.tasks.of(inputs) as (self.objective, alone):
+            return super().compute_loss(model, alone, *args, **kwargs)
+
+    def view(self, model: nn.Module) -> nn.Module:
+        return self.tasks.current
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return InOrder(self.order, self.tasks.steps_per_epoch, lambda: self.state.global_step)
 
 
 class Watch(TrainerCallback):
@@ -146,13 +171,12 @@ class Watch(TrainerCallback):
     def __init__(
         self,
         model: nn.Module,
-        validation: Batches | None,
-        objective: str,
+        evaluate: Evaluation | None,
         steps_per_epoch: int,
         keep: bool,
         shown: bool,
     ) -> None:
-        self.model, self.validation, self.objective = model, validation, objective
+        self.model, self.evaluate = model, evaluate
         self.steps_per_epoch, self.keep, self.shown = steps_per_epoch, keep, shown
         self.seconds: list[float] = []
         self.rows: list[dict[str, Any]] = []  # of the last evaluation
@@ -183,41 +207,11 @@ class Watch(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._began)
         self._bar.update()
         last = state.global_step == state.max_steps
-        if self.validation is not None and (state.global_step % self.steps_per_epoch == 0 or last):
-            self.rows = predicted(self.model, self.validation, self.objective)
-            measured = _measured(self.rows, self.model, self.objective)
+        if self.evaluate is not None and (state.global_step % self.steps_per_epoch == 0 or last):
+            self.rows, measured = self.evaluate()
             due = control.should_log
             self.trainer.log({f"eval_{name}": value for name, value in measured.items()})
             control.should_log = due  # of the training loss, which logging takes for done
         waited = time.monotonic() - self._saved > SECONDS_BETWEEN_CHECKPOINTS
         if self.keep and not last and distributed.first_says(waited):
             control.should_save, self._saved = True, time.monotonic()
-
-
-def predicted(model: nn.Module, batches: Batches, objective: str) -> list[dict[str, Any]]:
-    """Prediction, label, summed loss and number of scored tokens of every example, in the order of the source."""
-    order = sorted(range(batches.num_examples), key=lambda i: batches.examples[i]["input_ids"].size)
-    rows: list[dict[str, Any]] = [{} for _ in order]
-    with measuring(model), torch.no_grad():
-        for start in range(0, len(order), 4 * batches.batch_size):
-            chosen = order[start : start + 4 * batches.batch_size]
-            predictions = predict(model, batches.collate([batches.examples[i] for i in chosen]), objective)
-            losses = predictions.losses()
-            columns: dict[str, list[Any]] = {"loss": losses.total.tolist(), "count": losses.count.tolist()}
-            if objective in LABELLED_OBJECTIVES:
-                outputs = predictions.outputs[:, 0]
-                found = outputs.argmax(-1) if objective == "classification" else outputs
-                columns |= {"predicted": found.tolist(), "label": predictions.labels[:, 0].tolist()}
-            for row, i in enumerate(chosen):
-                rows[i] = {"example": i, **{name: values[row] for name, values in columns.items()}}
-    return rows
-
-
-def _measured(rows: Sequence[Mapping[str, Any]], model: nn.Module, objective: str) -> dict[str, float]:
-    """Loss per scored token, and the metrics of labelled objectives."""
-    measured = {"loss": sum(r["loss"] for r in rows) / max(sum(r["count"] for r in rows), 1)}
-    if objective in LABELLED_OBJECTIVES:
-        found, labels = (np.array([r[name] for r in rows]) for name in ("predicted", "label"))
-        classes: Any = getattr(model.config, "num_labels", None) if objective == "classification" else None
-        measured |= metrics_of(found, labels, classes)
-    return measured

@@ -1,6 +1,7 @@
 """Whole fine-tunings: one training for every seed, a folder that says how, and what came out."""
 
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -10,10 +11,11 @@ import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -26,14 +28,17 @@ from ..data import Batches, Source, load_batches
 from ..data.sources import LABELLED_OBJECTIVES
 from ..masks import Mask
 from ..metrics import is_constant
-from ..models import describe, load_model, quiet_transformers, saved_classes
+from ..models import describe, load_model, quiet_transformers, saved_classes, take_backbone
 from ..scores import FisherScores
 from .callback import RegularizerCallback, last_checkpoint
+from .evaluation import evaluated
 from .forgetting import pretraining_loss
-from .plan import Plan, Recipe, check_method, data_of
+from .multitask import SharedBackbone, checked_tasks, with_tasks
+from .plan import Plan, Recipe, check_method, data_of, recipe_of
 from .regularizer import Regularizer
 from .results import Results, SeedResult
 from .run import Run
+from .stages import ADAPT_MLM, adaptation_batches, with_stages
 from .trainer import Watch, make_trainer
 
 if TYPE_CHECKING:
@@ -46,6 +51,8 @@ def finetune(
     model: str | Path,
     *,
     task: str | None = None,
+    tasks: Sequence[str] | None = None,
+    sampling_exponent: float | None = None,
     data: str | Path | None = None,
     validation_data: str | Path | None = None,
     objective: str | None = None,
@@ -61,6 +68,10 @@ def finetune(
     train_size: int | None = None,
     subset_seed: int = 0,
     max_length: int | None = None,
+    init: Literal["pretrained", "random"] = "pretrained",
+    pretrain_text: str | Path | None = None,
+    pretrain_steps: int | None = None,
+    intermediate_task: str | None = None,
     measure_forgetting: str | None = None,
     out: str | Path | None = None,
     resume: bool = False,
@@ -81,6 +92,12 @@ def finetune(
     Args:
         model: A name on the Hub, a local folder, or a built-in model.
         task: A key of :data:`fisherscope.TASKS`: its training split is trained on, its validation split measured.
+        tasks: Instead of a task: several, with a shared backbone and a head for each (a pair of texts is one input).
+            Every optimizer step is on one of them; an epoch has as many steps as passes over the examples of each. The
+            main metric is the mean of theirs. Of a method that looks at training examples before it begins (to
+            estimate scores, for example), the first task's are used.
+        sampling_exponent: With ``tasks``: a task with n examples is drawn in proportion to n to this power; None means
+            1, which draws every example alike; 0 draws every task alike.
         data: Instead of a task: texts as :func:`fisherscope.load_batches` takes them.
         validation_data: With ``data``: what is measured after every epoch; None measures nothing.
         objective: With ``data``: as for ``load_model``; None takes that of the checkpoint's head.
@@ -93,14 +110,23 @@ def finetune(
         mask: For a method that needs a mask.
         strict: Refuse scores and masks that were made from other weights, instead of a warning.
         seeds: Of the trainings.
-        train_size: A random subset of the training examples; the same one for all seeds.
+        train_size: A random subset of the training examples (of each task); the same one for all seeds.
         subset_seed: Draws it.
         max_length: Tokens per example; None means 128, or fewer if the model takes fewer.
+        init: ``"random"`` begins with random weights, of the same architecture, drawn by the seed.
+        pretrain_text: Texts, as ``load_batches`` takes them, on which the checkpoint's own masked language modelling
+            goes on before the fine-tuning, by the same recipe, without a method: with pairs of sentences, too, if the
+            model has a head for them and the texts have sentences to pair. Texts that are measured on must not be
+            among them.
+        pretrain_steps: Optimizer steps of that; None means one pass over the texts.
+        intermediate_task: A task that the model is fine-tuned on first, by the same recipe, without a method; its head
+            is not kept.
         measure_forgetting: Texts on which the loss of the checkpoint's own head is measured before and after, as
             ``load_batches`` takes them.
         out: Folder of the run: ``config.yaml``, ``run.json``, ``results.json``, ``predictions.jsonl``.
         resume: Go on with what an earlier call left in the folder, to the same result.
-        save_model: Also save every trained model there as a plain Hugging Face folder.
+        save_model: Also save every trained model there as a plain Hugging Face folder; with ``tasks`` a folder for
+            each, and the models that stages came to.
         revision: Of the model on the Hub.
         device: None means CUDA where there is one.
         progress: Show progress bars.
@@ -115,24 +141,34 @@ def finetune(
     check_method(method, settings or {})
     if not seeds:
         raise ValueError("Fine-tuning needs at least one seed, but there is none.")
+    if init not in ("pretrained", "random"):
+        raise ValueError(f"init must be pretrained or random; got {init!r}.")
+    if init == "random" and measure_forgetting is not None:
+        raise ValueError("Random weights have nothing to forget; leave out measure_forgetting, or init.")
     if save_model and out is None:
         raise ValueError("save_model needs out, the folder to save in.")
+    chosen = checked_tasks(task, tasks, sampling_exponent, data)
+    source = (validation_data, objective, data_dir, text_columns, label_column)
+    first, *others = [data_of(str(model), revision, name, data, *source) for name in chosen]
     plan = Plan(
         str(model),
         revision,
         device,
-        **data_of(str(model), revision, task, data, validation_data, objective, data_dir, text_columns, label_column),
+        **first,
         train_size=train_size,
         subset_seed=subset_seed,
         max_length=max_length,
-        recipe=Recipe(**recipe),
+        recipe=recipe_of(method, settings or {}, Recipe(**recipe)),
         method=method,
         settings=dict(settings or {}),
         scores=scores,
         mask=mask,
         strict=strict,
         forgetting=measure_forgetting,
+        init=init,
     )
+    plan = with_stages(plan, Recipe(**recipe), pretrain_text, pretrain_steps, intermediate_task, data_dir)
+    plan = with_tasks(plan, others, sampling_exponent)
     folder = None if out is None else Path(out)
     if folder is not None:
         problem = _begin(folder, plan.resolved(), resume) if distributed.is_first() else None
@@ -170,7 +206,8 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> Exception | 
 def _leave(folder: Path) -> None:
     """Take the settings away again if nothing was done under them, so that other ones can be tried."""
     others = [file for file in folder.iterdir() if file.name != "config.yaml" and not file.name.startswith("seed-")]
-    if not others and not any(folder.glob("seed-*/checkpoint-*")):
+    begun = ("checkpoint-*", "*/checkpoint-*", "*/model")
+    if not others and not any(file for pattern in begun for file in folder.glob(f"seed-*/{pattern}")):
         shutil.rmtree(folder)
 
 
@@ -182,7 +219,7 @@ def _found(folder: Path) -> Results | None:
 
 
 def _run_all(plan: Plan, seeds: Sequence[int], folder: Path | None, save_model: bool, progress: bool) -> Results:
-    results = Results(plan.name, plan.method_name, plan.metric, plan.resolved(), [])
+    results = Results(plan.title, plan.method_name, plan.main_metric, plan.resolved(), [])
     if folder is not None:
         results = distributed.first_says(_found(folder) if distributed.is_first() else None) or results
     for seed in seeds:
@@ -190,7 +227,7 @@ def _run_all(plan: Plan, seeds: Sequence[int], folder: Path | None, save_model: 
             if folder is not None and distributed.is_first():
                 shutil.rmtree(folder / f"seed-{seed}", ignore_errors=True)
             continue
-        logger.info("%s on %s, seed %d.", plan.method_name, plan.name, seed)
+        logger.info("%s on %s, seed %d.", plan.method_name, plan.title, seed)
         with TemporaryDirectory() if folder is None else contextlib.nullcontext(folder) as place:
             result, fingerprints, predictions = _train(
                 plan, seed, Path(place), folder is not None, save_model, progress
@@ -222,43 +259,136 @@ def _train(
     plan: Plan, seed: int, place: Path, keep: bool, save_model: bool, progress: bool
 ) -> tuple[SeedResult, dict[str, str | None], list[dict[str, Any]]]:
     """One training, from the checkpoint of the model to its result."""
-    model, tokenizer = _loaded(plan, seed)
-    train = _batches(plan, plan.train, tokenizer, plan.train_size)
-    validation = None if plan.validation is None else _batches(plan, plan.validation, tokenizer, None)
+    folder, shown = place / f"seed-{seed}", progress and distributed.is_first()
+    files = _Files(folder, keep, shown)
+    models, tokenizer = _models(plan, seed, files)
+    batches = [_batches(p, p.train, tokenizer, p.train_size) for p in plan.tasks]
+    measured = [_batches(p, p.validation, tokenizer, None) for p in plan.tasks if p.validation is not None]
+    model, train = models[0], batches[0]
     weights = describe(model)["backbone_fingerprint"]
-    total = plan.recipe.total_steps(train.num_examples)
+    shared = SharedBackbone(plan.tasks, models, batches, plan.sampling_exponent or 0.0) if plan.others else None
+    if shared is None:
+        evaluate = partial(evaluated, model, measured[0], plan.objective) if measured else None
+        total = plan.recipe.total_steps(train.num_examples)
+    else:
+        evaluate = partial(shared.evaluate, measured)
+        total = plan.recipe.steps_of(shared.steps_per_epoch)
     before = None if plan.forgetting is None else pretraining_loss(plan.model, plan.forgetting, revision=plan.revision)
     facts = {**asdict(plan.recipe), "max_grad_norm": Recipe.MAX_GRAD_NORM}
-    folder = place / f"seed-{seed}"
     run = Run(
-        model, train, plan.objective, total, seed, plan.scores, plan.mask, facts, plan.strict, folder if keep else None
-    )
+        model, train, plan.objective, total, seed, plan.scores, plan.mask, facts, plan.strict, folder if keep else None,
+        tokenizer=tokenizer, fine_tuned=None if shared else partial(_fine_tuned, plan, seed, "teacher", files),
+    )  # fmt: skip
     regularizer = plan.regularizer(run)
-    shown = progress and distributed.is_first()
-    trainer, watch = make_trainer(plan, seed, folder, model, train, validation, regularizer, keep, shown)
-    _set_seeds(seed)
-    checkpoint = last_checkpoint(folder)
+    if save_model and not regularizer.stays:
+        raise ValueError(
+            f"What {plan.method_name} trains has no place in a plain Hugging Face folder; leave out --save-model."
+        )
+    trainer, watch = make_trainer(plan, seed, folder, model, train, evaluate, regularizer, keep, shown, shared)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+    _fit(trainer, seed, folder)
+    memory = _peak_memory(model)
+    if save_model and distributed.is_first():
+        _save_all(plan, seed, model, tokenizer, shared, place)
+    forgetting = None
+    if plan.forgetting is not None and before is not None:
+        after = pretraining_loss(plan.model, plan.forgetting, revision=plan.revision, trained=model)
+        forgetting = {"before": before, "after": after}
+    fingerprints = {
+        "train": _together(batches),
+        "validation": _together(measured),
+        "backbone": weights,
+    }
+    return _result(seed, trainer, watch, memory, forgetting), fingerprints, watch.rows
+
+
+def _together(batches: Sequence[Batches]) -> str | None:
+    """The fingerprint of the examples of all tasks."""
+    found = [part.fingerprint for part in batches]
+    return storage.digest(*found) if len(found) > 1 else next(iter(found), None)
+
+
+def _fit(trainer: Trainer, seed: int, folder: Path) -> None:
+    """Train, or go on from the last checkpoint in the folder; the regularizer is taken off whatever happens."""
+    _set_seeds(seed)
+    checkpoint = last_checkpoint(folder)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, RegularizerCallback):
                 callback.close()
-    memory = _peak_memory(model)
-    if save_model and distributed.is_first():
+
+
+@dataclass(frozen=True)
+class _Files:
+    """Where a seed keeps what it has done so far.
+
+    Attributes:
+        folder: Of the seed.
+        keep: Whether anything is kept.
+        shown: Whether to show a progress bar.
+    """
+
+    folder: Path
+    keep: bool
+    shown: bool
+
+
+def _fine_tuned(plan: Plan, seed: int, name: str, files: _Files) -> "PreTrainedModel":
+    """The checkpoint as it is trained without a method of the user's, by the same recipe; kept in a folder."""
+    folder = files.folder / name
+    saved, pairs = folder / "model", plan.stage is not None and not isinstance(plan.method, str)
+    if distributed.first_says(files.keep and saved.is_dir()):
+        return load_model(saved, objective=plan.objective, next_sentence=pairs, device=plan.device)[0]
+    (model,), tokenizer = _models(plan, seed, files)
+    if plan.stage == ADAPT_MLM:
+        train = adaptation_batches(plan, seed, tokenizer)
+    else:
+        train = _batches(plan, plan.train, tokenizer, plan.train_size)
+    regularizer = plan.method if pairs and isinstance(plan.method, Regularizer) else Regularizer()
+    logger.info("%s on %s first, seed %d.", name, plan.name, seed)
+    trainer, _ = make_trainer(plan, seed, folder, model, train, None, regularizer, files.keep, files.shown)
+    _fit(trainer, seed, folder)
+    del trainer
+    gc.collect()  # a trainer refers to itself, and holds the state of its optimizer
+    if files.keep and distributed.is_first():
+        _save_model(model, tokenizer, saved)
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+    return model.eval()
+
+
+def _models(plan: Plan, seed: int, files: _Files) -> "tuple[list[PreTrainedModel], PreTrainedTokenizerBase]":
+    """The model of every task as its training begins: the checkpoint, after the stages before it."""
+    loaded = [_loaded(part, seed) for part in plan.tasks]
+    models = [model for model, _ in loaded]
+    if plan.before is not None and plan.before.stage is not None:
+        stage = _fine_tuned(plan.before, seed, plan.before.stage, files)
+        for model in models:
+            take_backbone(model, stage)
+    return models, loaded[0][1]
+
+
+def _save_all(
+    plan: Plan,
+    seed: int,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    shared: SharedBackbone | None,
+    place: Path,
+) -> None:
+    """Save the trained model, or that of every task, and those of the stages."""
+    if shared is None:
         _save_model(model, tokenizer, place / f"model-seed-{seed}")
-    forgetting = None
-    if plan.forgetting is not None and before is not None:
-        after = pretraining_loss(plan.model, plan.forgetting, revision=plan.revision, trained=model)
-        forgetting = {"before": before, "after": after}
-    fingerprints = {
-        "train": train.fingerprint,
-        "validation": validation and validation.fingerprint,
-        "backbone": weights,
-    }
-    return _result(seed, trainer, watch, memory, forgetting), fingerprints, watch.rows
+    for name, part in shared.separate().items() if shared is not None else ():
+        _save_model(part, tokenizer, place / f"model-seed-{seed}-{name.rpartition(':')[2]}")
+    stage = plan.before
+    while stage is not None:
+        made = place / f"seed-{seed}" / str(stage.stage) / "model"
+        shutil.copytree(made, place / f"{stage.stage}-seed-{seed}", dirs_exist_ok=True)
+        stage = stage.before
 
 
 def _set_seeds(seed: int) -> None:
@@ -274,6 +404,8 @@ def _loaded(plan: Plan, seed: int) -> "tuple[PreTrainedModel, PreTrainedTokenize
     model, tokenizer = load_model(
         plan.model,
         objective=plan.objective,
+        init=plan.init,
+        next_sentence=plan.stage == ADAPT_MLM and isinstance(plan.method, Regularizer),
         num_labels=max(len(classes), labels) if labels else None,
         seed=seed,
         revision=plan.revision,
@@ -311,13 +443,16 @@ def _result(seed: int, trainer: Trainer, watch: Watch, memory: int, forgetting: 
     finite = all(bool(torch.isfinite(p).all()) for p in watch.model.parameters())
     state = trainer.optimizer.state_dict()["state"]  # pyright: ignore
     tensors = [value for values in state.values() for value in values.values() if isinstance(value, Tensor)]
-    found = [row["predicted"] for row in watch.rows if "predicted" in row]
+    predicted: dict[str, list[float]] = {}
+    for row in watch.rows:
+        if "predicted" in row:
+            predicted.setdefault(row.get("task", ""), []).append(row["predicted"])
     return SeedResult(
         seed,
         "finished" if finite and math.isfinite(losses[-1]["loss"]) else "diverged",
         evaluations,
         losses,
-        bool(found) and is_constant(np.array(found)),
+        any(is_constant(np.array(found)) for found in predicted.values()),
         statistics.median(watch.seconds) if watch.seconds else float("nan"),
         memory,
         sum(t.numel() * t.element_size() for t in tensors),

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ..._typing import Bool
 from ...masks import Mask, top_fraction
-from ...models import align, backbone, backbone_prefix, describe
+from ...models import align, backbone, backbone_prefix, new_parameters
 from ...scores import FisherScores
 from ..parts import entries_kept, frozen, gradients_masked
 from ..regularizer import Applied, Regularizer
@@ -121,7 +121,7 @@ def new_names(model: nn.Module) -> set[str]:
     """
     prefix, inside = backbone_prefix(model), set(backbone_names(model))
     outside = {n for n, _ in model.named_parameters() if n not in inside and not (prefix and n.startswith(prefix))}
-    return outside | set(describe(model)["new_parameters"])
+    return outside | set(new_parameters(model))
 
 
 def scores_of(scores: FisherScores, model: nn.Module, names: Collection[str]) -> FisherScores:

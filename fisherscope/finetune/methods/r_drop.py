@@ -7,13 +7,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ...data.corruption import IGNORED
 from ...models import device_of, dropout_sites, infer_objective
 from ...objectives import Batch, Predictions, predict
 from ..regularizer import Applied, Regularizer
+from ..smoothness import further_passes, symmetric_divergence, unwrapped
 
 
 @dataclass(frozen=True)
@@ -55,9 +54,8 @@ class RDrop(Regularizer):
         r""":math:`(\ell_2 - \ell_1) / 2` and the weighted divergence, as the loss is :math:`\ell_1` already."""
         if not self.weight:
             return None
-        # Gradients of both passes are added up before ranks exchange them, so only the first needs the wrapper.
-        inner: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
-        with _other_draws(device_of(inner)):
+        inner = unwrapped(model)
+        with further_passes(), _other_draws(device_of(inner)):
             second = predict(inner, batch, infer_objective(inner))
         more = second.losses().total - predictions.losses().total
         return more / 2 + self.weight * divergence(predictions, second)
@@ -68,13 +66,8 @@ def divergence(a: Predictions, b: Predictions) -> Tensor:
 
     :math:`\tfrac{1}{2} \sum_k (p_k - q_k)(\log p_k - \log q_k)` for classes, :math:`(f_1 - f_2)^2` for numbers.
     """
-    if a.kind == "losses":
-        raise ValueError("Predictions can only be compared for a named objective, but the losses come from a function.")
-    if a.kind == "gaussian":
-        return (a.outputs - b.outputs).square().sum(1)
-    log_p, log_q = a.outputs.log_softmax(-1), b.outputs.log_softmax(-1)
-    by_token = ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1) / 2
-    return torch.where(a.labels == IGNORED, 0.0, by_token).sum(1)
+    both = symmetric_divergence(a, b)
+    return both if a.kind == "gaussian" else both / 2
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class TopKLayers(Regularizer):
                 f"layers must be at most the {len(found)} that a {type(model).__name__} has, got {self.layers}."
             )
         top, inside = set(found[len(found) - self.layers :]), set(backbone_names(model))
-        trained = {n for n, _ in model.named_parameters() if n not in inside or _layer_in(found, n) in top}
+        trained = {n for n, _ in model.named_parameters() if n not in inside or layer_in(found, n) in top}
         with train_only(model, optimizer, whole(model, trained)):
             yield Applied()
 
@@ -73,7 +73,7 @@ def numbered_layers(model: nn.Module) -> dict[str, list[str]]:
     return layers
 
 
-def _layer_in(layers: list[str], name: str) -> str | None:
+def layer_in(layers: list[str], name: str) -> str | None:
     """The layer that a parameter of the backbone belongs to; None for embeddings."""
     if (layer := layer_of(name)) in layers:
         return layer

@@ -1,0 +1,38 @@
+"""Training the head alone."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..regularizer import Applied, Regularizer
+from .fixed_mask import new_names, train_only, whole
+
+_FROZEN = "nothing but the head is trained"
+
+
+@dataclass(frozen=True)
+class LinearProbe(Regularizer):
+    """Trains the head of the task on what the frozen backbone computes.
+
+    A pooler that came with the checkpoint is frozen, too; what the checkpoint lacked is trained, wherever it is. The
+    backbone's dropout stays. To train the pooler as well, take ``top-k-layers`` with 0 layers.
+    """
+
+    name: ClassVar[str] = "linear-probe"
+    excludes: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("weight-decay-pretrained", "l2-sp", "recadam", "mixout", "layerwise-lr-decay", "gradual-unfreezing"), _FROZEN
+    )
+
+    @contextmanager
+    def applied_to(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Applied]:
+        """Train the head for the length of the block.
+
+        Raises:
+            ValueError: If the model has no head.
+        """
+        with train_only(model, optimizer, whole(model, new_names(model))):
+            yield Applied()
