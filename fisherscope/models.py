@@ -469,25 +469,10 @@ def row_axis(name: str, transposed: set[str] | list[str]) -> int:
     return 1 if name in transposed else 0
 
 
-_QUERIES_AND_VALUES = frozenset(
-    [
-        "query",
-        "value",
-        "query_proj",
-        "value_proj",
-        "q_proj",
-        "v_proj",
-        "q_lin",
-        "v_lin",
-        "q",
-        "v",
-        "query_key_value",
-        "qkv_proj",
-        "Wqkv",
-        "c_attn",
-        "in_proj",
-    ]  # those of one piece with the keys
-)
+_QUERIES_AND_VALUES = (
+    "query", "value", "query_proj", "value_proj", "q_proj", "v_proj", "q_lin", "v_lin", "q", "v",
+    "query_key_value", "qkv_proj", "Wqkv", "c_attn", "in_proj",  # in one piece with the keys
+)  # fmt: skip
 
 
 def query_value_layers(model: nn.Module) -> list[str]:

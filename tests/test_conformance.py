@@ -554,17 +554,6 @@ def test_datasets_of_the_grid_have_its_dimension_scales(tmp_path: Path):
             assert [dim[0].shape for dim in file[name].dims] == [(3,), (5,)]
 
 
-def test_file_opens_in_xarray(tmp_path: Path):
-    xarray = pytest.importorskip("xarray")
-    pytest.importorskip("h5netcdf")
-    made = full((3, 5), np.random.default_rng(0))
-    made.save(tmp_path / "landscape.h5")
-    with xarray.open_dataset(tmp_path / "landscape.h5", engine="h5netcdf", phony_dims="sort") as found:
-        assert found["loss"].dims == ("axis0", "axis1")
-        assert np.array_equal(found["loss"].values, made.loss, equal_nan=True)
-        assert found["axis1"].values.tolist() == made.axes[1].steps.tolist()
-
-
 def replaced(name: str, data: object) -> Callable[[h5py.File], None]:
     def change(file: h5py.File) -> None:
         del file[name]

@@ -289,9 +289,7 @@ def test_second_process_on_one_file_is_refused_and_nothing_is_lost(tmp_path: Pat
         with untouched(model), pytest.raises(BlockingIOError) as error:
             scan_quietly(model, BATCHES, **options)
         assert str(error.value) == sentence
-        with pytest.raises(BlockingIOError) as error:
-            Landscape.load(part)
-        assert str(error.value) == sentence
+        assert Landscape.load(part).evaluated.sum() == 4  # to look at meanwhile
     assert Landscape.load(part).evaluated.sum() == 4
     assert scan_quietly(model, BATCHES, **options).evaluated.all()
 

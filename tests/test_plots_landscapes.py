@@ -161,7 +161,7 @@ def test_what_differs_between_the_landscapes_of_a_figure_is_all_named():
     other = PROVENANCE | {"settings": PROVENANCE["settings"] | {"seed": 4, "match": "none"}}
     notes = shown(bowl(provenance=PROVENANCE), bowl(provenance=other)).notes
     assert "; seed 3 and seed 4; " in notes[-2]
-    assert notes[-2].endswith("; sizes matched by norm")
+    assert notes[-2].endswith("; sizes matched by norm (not all)")
 
 
 def test_given_directions_have_no_seed_and_hand_made_landscapes_no_story():

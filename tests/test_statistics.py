@@ -584,5 +584,16 @@ def test_tables_refuse_what_they_cannot_show():
         rows([made], ["a", "b"])
     with pytest.raises(ValueError, match=r"Step -0\.5 is not on the grid"):
         rows([made], step=0.5)
-    with pytest.raises(ValueError, match="No step is on all grids in both signs"):
-        rows([made, replace(made, axes=(replace(made.axes[0], steps=np.array([-0.4, 0.0, 0.4])),))])
+
+
+def test_landscapes_without_a_common_step_have_no_rise():
+    made = one([1.0, 0.0, 1.0])
+    other = replace(made, axes=(replace(made.axes[0], steps=np.array([-0.4, 0.0, 0.4])),))
+    assert [(row.step, row.rise, row.low) for row in rows([made, other])] == [(None, None, None)] * 2
+    assert "| rise at the same step |" in comparison_table([made, other])
+
+
+def test_the_rise_is_taken_where_no_loss_is_infinite():
+    made = one([np.inf, 1.0, 0.0, 2.0, 9.0])
+    assert rows([made])[0].step == made.axes[0].steps[3]
+    assert rows([made])[0].rise == 1.5

@@ -146,9 +146,13 @@ def describe_landscape(landscape: "Landscape") -> str:
     lines += [f"  {name}: {value:.4f} nats" for name, value in landscape.references.items()]
     lines += [f"  {a.name}: {a.kind}, {a.entries:,} entries move, ‖direction‖ {a.norm:.4g}" for a in landscape.axes]
     if found := landscape.prediction:
-        lines.append(
-            f"  {found.measured:,} points measured, the others predicted within {found.percentile95:.2%} (95 %)"
-        )
+        known = f"  {found.measured:,} points measured"
+        if not landscape.evaluated.all():
+            known += (
+                f"; errors of the others below the ceiling, by cross-validation: {found.median:.2%} (median), "
+                f"{found.percentile95:.2%} (95 %), {found.maximum:.2%} (largest)"
+            )
+        lines.append(known)
     lines += [f"  {_marked(marker)}" for marker in landscape.markers]
     lines += [f"  {line}" for line in _measured(landscape.measures)]
     return "\n".join(lines)
@@ -171,7 +175,8 @@ def _measured(measures: Mapping[str, Any], prefix: str = "") -> list[str]:
             numbers = [x for row in value for x in (row if isinstance(row, list) else [row])]
             lines += [f"{label}: {', '.join(map(_short, numbers))}"] if len(numbers) <= 9 else []
         elif value is not None:
-            lines.append(f"{label}: {_short(value)}")
+            bound = "at least " if name == "radius" and measures.get("steps", ()) is None else ""
+            lines.append(f"{label}: {bound}{_short(value)}")
     return lines
 
 

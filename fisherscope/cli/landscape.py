@@ -103,15 +103,17 @@ def _scan(args: argparse.Namespace) -> None:
     from ..landscape import scan_landscape
     from ..landscape.curvature import Curvature
     from ..landscape.moves import Moves
+    from ..landscape.scan import grid_steps
     from ..masks import Mask
     from ..scores import FisherScores
     from .info import describe_landscape
 
+    axes = args.axes or (1 if args.directions in ("between", "steepest") else 2)
+    points = args.points * axes if len(args.points) == 1 else args.points
+    grid_steps(axes, points, _given_span(args, axes) or 1.0)  # what is wrong with them is known at once
     mask = Mask.load(args.mask) if args.mask else None
     scores = FisherScores.load(args.scores) if args.scores else None
     model, batches, objective = load(args)
-    axes = args.axes or (1 if args.directions in ("between", "steepest") else 2)
-    points = args.points * axes if len(args.points) == 1 else args.points
     space = _space(args, model, batches, mask, objective, axes)
     part = storage.part_path(args.out)
     moving: dict[str, Any] = {name: getattr(args, name) for name in MOVING}
@@ -134,10 +136,11 @@ def _scan(args: argparse.Namespace) -> None:
     )
     if not distributed.is_first():
         return
+    landscape.save(args.out)
     if args.measures or args.eigenvalue_ratio:
         moves = Moves(model, axes, space, mask, scores, **moving).along()
         landscape = _with_measures(args, landscape, moves, Curvature(model, batches, objective=objective, mask=mask))
-    landscape.save(args.out)
+        landscape.save(args.out)
     part.unlink(missing_ok=True)
     print(f"{args.out}: {describe_landscape(landscape)}")
 
@@ -159,6 +162,8 @@ def _with_measures(
 
 
 def _check(args: argparse.Namespace) -> None:
+    if args.directions != "random" and args.replicates > 1:
+        args.refuse("argument --replicates: only random directions have several")
     wanted = DIRECTIONS[args.directions]
     if wanted is None and len(args.models) < 2:
         args.refuse(f"argument --models: a trajectory takes at least two other models, got {len(args.models)}")
@@ -178,33 +183,41 @@ def _space(
     """The directions asked for; None for random ones."""
     from ..landscape import curvature, paths
 
+    names = _names(args.models)
     if args.directions == "between":
-        return paths.between(model, args.models[0], mask=mask, name=_short(args.models[0]))
+        return paths.between(model, args.models[0], mask=mask, name=names[0], strict=args.strict)
     if args.directions == "plane":
         first, second = args.models
-        return paths.plane_through(model, first, second, names=(_short(first), _short(second)), mask=mask)
+        return paths.plane_through(model, first, second, names=(names[0], names[1]), mask=mask, strict=args.strict)
     if args.directions == "trajectory":
-        return paths.trajectory(model, args.models, names=list(map(_short, args.models)), mask=mask, axes=axes)
+        return paths.trajectory(model, args.models, names=names, mask=mask, axes=axes, strict=args.strict)
     if args.directions in ("hessian", "ggn"):
         options: dict[str, Any] = {"kind": args.directions, "mask": mask, "objective": objective, "seed": args.seed}
         return curvature.top_eigenvectors(model, batches, axes, **options)
     if args.directions == "steepest":
-        return curvature.steepest(model, batches, mask=mask, objective=objective)
+        return curvature.steepest(model, batches, mask=mask, objective=objective, strict=args.strict)
     if args.directions == "low-rank":
         return curvature.low_rank(model, axes, rank=args.rank, seed=args.seed)
     return None
 
 
-def _short(name: str) -> str:
-    return Path(name).name.removesuffix(".safetensors")
+def _names(models: "Sequence[str]") -> tuple[str, ...]:
+    """What figures call other models: file names, or all that was given if those are the same."""
+    short = tuple(Path(name).name.removesuffix(".safetensors") for name in models)
+    return short if len(set(short)) == len(short) else tuple(models)
 
 
 def _span(args: argparse.Namespace, space: "Subspace | None", axes: int, points: list[int]) -> Any:
     from ..landscape.paths import span_of
 
+    given = _given_span(args, axes)
+    if given is None and space and space.markers:
+        return span_of(space, points)
+    return 1.0 if given is None else given
+
+
+def _given_span(args: argparse.Namespace, axes: int) -> Any:
     if args.range:
         ranges = [tuple(ends) for ends in args.range]
         return ranges * axes if len(ranges) == 1 else ranges
-    if args.span is None and space and space.markers:
-        return span_of(space, points)
-    return 1.0 if args.span is None else args.span
+    return args.span

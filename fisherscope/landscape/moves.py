@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masks import Mask
-from ..models import align, backbone_prefix, find_difference
+from ..models import align, backbone_prefix, find_difference, weights_fingerprint
 from ..scores import FisherScores
 from .directions import (
     KINDS,
@@ -64,6 +64,11 @@ class Moves:
         """
         whole, selected = self._whole(replicate), self.selected
         moves = [restrict(direction, selected) for direction in whole]
+        if self.match != "none" and self.space and _are_same(moves, whole):
+            raise ValueError(
+                f"match={self.match!r} compares masked directions with whole ones, but these were made for the mask; "
+                "leave it out."
+            )
         if self.orthogonal:  # before they are matched, which keeps their angles but not the other way round
             moves = orthogonalized(moves)
         if self.mask is not None and selected is not None and self.match != "none":
@@ -106,6 +111,12 @@ class Moves:
         prefix = self.scores.provenance.get("model", {}).get("prefix", backbone_prefix(self.model))
         if difference := find_difference(self.scores, prefix, self.model):
             raise ValueError(f"The scores do not fit this model: {difference}.")
+        origin = self.scores.provenance.get("model", {}).get("backbone_fingerprint")
+        if origin is not None and origin != weights_fingerprint(self.model, backbone_only=True):
+            message = "The scores were made for other weights of the same architecture; estimate them for this model."
+            if self.strict:
+                raise ValueError(message)
+            logger.warning(message)
         own, parameters = align(self.scores, prefix, self.model), self.model.named_parameters()
         return {n: own[n].to(p.device) if n in own else p.detach().new_zeros(p.shape) for n, p in parameters}
 
@@ -118,7 +129,15 @@ class Moves:
             "one_dimensional": self.one_dimensional,
             "match": self.match,
             "orthogonal": self.orthogonal,
+            "scores": None if self.scores is None else self._scores_in_words(),
         }
+
+    def _scores_in_words(self) -> str:
+        """What tells scores of one model apart."""
+        scores = self.scores
+        assert scores is not None
+        data = (scores.provenance.get("data") or {}).get("fingerprint")
+        return f"{scores.estimator} by {scores.unit}, {scores.num_examples} examples of {data}"
 
 
 def given_space(

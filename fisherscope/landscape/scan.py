@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import operator
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -35,6 +36,12 @@ Evaluate = Callable[[Iterable[tuple[float, ...]]], Iterator[Point]]
 
 AT_ONCE = 32
 """Points of an adaptive round after which they are safe in the file."""
+
+EACH = 4
+"""Points that a rank measures before all ranks exchange theirs."""
+
+SECONDS_BETWEEN_FLUSHES = 10.0
+"""What a killed scan loses at most."""
 
 MARGIN = 0.5
 """Nats above ln V beyond which a language model is worse than guessing, and its loss says nothing more."""
@@ -111,12 +118,12 @@ def scan_landscape(
     """
     objective = objective or infer_objective(model)
     check_head(model, objective)
-    _check_metrics(metrics, objective)
+    _check_metrics(metrics, objective, getattr(getattr(model, "config", None), "num_labels", None))
     space = given_space(directions, model, axes)
     if replicates < 1 or (space and replicates > 1):
         found = f"got {replicates}" if replicates < 1 else f"got {replicates} of given directions, which are only one"
         raise ValueError(f"replicates must be at least 1, and only random directions have several; {found}.")
-    steps = _grid(axes, points, span)
+    steps = grid_steps(axes, points, span)
     if adaptive is not None:
         check_tolerance(adaptive)
         clip = clip or is_language_model(objective)
@@ -254,10 +261,11 @@ def scan_adaptively(
     prediction = filled.prediction
     if distributed.is_first():
         logger.info(
-            "Measured %d of %d points; 95 %% of the others are predicted within %.2g %% of the loss, by "
+            "Measured %d of %d points; 95 %% of the others%s are predicted within %.2g %% of the loss, by "
             "cross-validation.",
             prediction.measured,
             filled.loss.size,
+            "" if ceiling is None else " below the ceiling",
             100 * prediction.percentile95,
         )
     return replace(log.landscape, loss=filled.loss, prediction=prediction)
@@ -268,16 +276,28 @@ def measure(evaluate: Evaluate, log: Journal, indices: Sequence[Index], *, tick:
     missing = [index for index in indices if not log.evaluated[index]]
     if not missing:
         return
-    ranks = distributed.world_size()
-    mine = missing[distributed.rank() :: ranks]
-    found = evaluate([_steps(log.landscape.axes, index) for index in mine])
-    if ranks > 1:
-        shares = distributed.all_say(list(found))
-        found = (shares[number % ranks][number // ranks] for number in range(len(missing)))
-    for index, point in zip(missing, found, strict=True):
+    flushed = time.monotonic()
+    for index, point in zip(missing, _points(evaluate, log.landscape.axes, missing), strict=True):
         log.record(index, point)
         tick()
+        if time.monotonic() - flushed > SECONDS_BETWEEN_FLUSHES:  # a row of slow points is long
+            log.flush()
+            flushed = time.monotonic()
     log.flush()
+
+
+def _points(evaluate: Evaluate, axes: Sequence[Axis], indices: Sequence[Index]) -> Iterator[Point]:
+    """What all ranks measure together, a few points at a time."""
+    ranks = distributed.world_size()
+    if ranks == 1:
+        yield from evaluate([_steps(axes, index) for index in indices])
+        return
+    for start in range(0, len(indices), ranks * EACH):
+        some = indices[start : start + ranks * EACH]
+        shares = distributed.all_say(
+            list(evaluate([_steps(axes, index) for index in some[distributed.rank() :: ranks]]))
+        )
+        yield from (shares[number % ranks][number // ranks] for number in range(len(some)))
 
 
 def _shared(logs: Sequence[Journal]) -> Sequence[Journal]:
@@ -306,7 +326,12 @@ def _measured(evaluator: Evaluator, space: Subspace) -> tuple[Marker, ...]:
     )
 
 
-def _grid(axes: int, points: int | Sequence[int], span: float | Sequence[tuple[float, float]]) -> list[np.ndarray]:
+def grid_steps(axes: int, points: int | Sequence[int], span: float | Sequence[tuple[float, float]]) -> list[np.ndarray]:
+    """The steps of every axis, for the arguments of :func:`scan_landscape`.
+
+    Raises:
+        ValueError: If they make no grid with step 0 on it.
+    """
     if axes not in (1, 2, 3):
         raise ValueError(f"axes must be 1, 2 or 3, got {axes}.")
     counts = [operator.index(count) for count in (points if isinstance(points, Sequence) else [points] * axes)]
@@ -346,8 +371,12 @@ def _between(count: int, low: float, high: float) -> np.ndarray:
     return (high - low) / (count - 1) * (np.arange(count) - round(zero))
 
 
-def _check_metrics(metrics: Sequence[Metric], objective: str | LossFunction) -> None:
+def _check_metrics(metrics: Sequence[Metric], objective: str | LossFunction, num_classes: int | None) -> None:
     fitting = () if callable(objective) else REGRESSION if objective == "regression" else CLASSIFICATION
+    if is_language_model(objective):
+        fitting = ("accuracy",)
+    elif num_classes not in (None, 2):  # F1 is that of class 1 of two
+        fitting = tuple(name for name in fitting if name != "f1")
     if wrong := next((m for m in metrics if isinstance(m, str) and m not in fitting), None):
         known = f"one of {', '.join(fitting)}, or " if fitting else ""
         raise ValueError(f"A metric of {_name(objective)} is {known}a function of predictions; got {wrong!r}.")

@@ -173,7 +173,7 @@ class Row:
         fisher_norm: The square root of :math:`d^\top F d`; None without scores.
         cosine: Between the axes, the largest in size of any pair and replicate; None with one axis.
         loss: At the centre.
-        step: Where the rise is taken.
+        step: Where the rise is taken; None if the grids share no step.
         rise: Mean loss at the points one ``step`` along an axis, on both sides, less that at the centre.
         low: Lower end of its interval over directions; None with one.
         high: Upper end.
@@ -189,8 +189,8 @@ class Row:
     fisher_norm: float | None
     cosine: float | None
     loss: float
-    step: float
-    rise: float
+    step: float | None
+    rise: float | None
     low: float | None
     high: float | None
     level: float
@@ -208,7 +208,8 @@ def rows(
     Args:
         landscapes: One per line.
         titles: What to call them; None takes their own.
-        step: Where the rise is taken, a step that is on all grids in both signs; None takes the farthest such.
+        step: Where the rise is taken, a step that is on all grids in both signs; None takes the farthest such where
+            no loss is clipped or infinite, and tells no rise if the grids share none.
         level: Of the interval of the rise, as in :func:`band`.
 
     Raises:
@@ -234,7 +235,8 @@ def comparison_table(
     """The same as Markdown, for beside a figure; arguments as for :func:`rows`."""
     found = rows(landscapes, titles, step=step, level=level)
     columns = ["", "entries", "parameters", "replicates", "‖d‖", "‖d‖/‖θ‖", "‖d‖_F", "cosine", "loss"]
-    columns += [f"rise at ±{found[0].step:.4g}", f"{100 * level:.4g} % interval"]
+    at = "the same step" if found[0].step is None else f"±{found[0].step:.4g}"
+    columns += [f"rise at {at}", f"{100 * level:.4g} % interval"]
     lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *map(_cells, found)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -246,7 +248,7 @@ def _cells(row: Row) -> list[str]:
     return [row.title.replace("|", r"\|"), *counts, *("" if s is None else f"{s:.4g}" for s in sizes), interval]
 
 
-def _row(landscape: Landscape, title: str, step: float, level: float) -> Row:
+def _row(landscape: Landscape, title: str, step: float | None, level: float) -> Row:
     parts = _parts(landscape)
     axes = [axis for part in parts for axis in part.axes]
     geometries = [part.geometry for part in parts if part.geometry is not None]
@@ -254,9 +256,9 @@ def _row(landscape: Landscape, title: str, step: float, level: float) -> Row:
     relative = [a.norm / g.weight_norm for p in parts if (g := p.geometry) and g.weight_norm > 0 for a in p.axes]
     pairs = np.triu_indices(len(landscape.axes), 1)
     cosines = [c for g in geometries for c in g.cosines[pairs]]
-    rises = _rises(landscape, step)
-    rise, half = float(rises.mean()), None
-    if len(parts) > 1:
+    rises = None if step is None else _rises(landscape, step)
+    rise, half = None if rises is None else float(rises.mean()), None
+    if rises is not None and len(parts) > 1:
         half = float(_half_width([_variance_of_mean(rises)], [len(parts) - 1], level))
     return Row(
         title=title,
@@ -270,8 +272,8 @@ def _row(landscape: Landscape, title: str, step: float, level: float) -> Row:
         loss=landscape.centre_loss,
         step=step,
         rise=rise,
-        low=None if half is None else rise - half,
-        high=None if half is None else rise + half,
+        low=None if half is None or rise is None else rise - half,
+        high=None if half is None or rise is None else rise + half,
         level=level,
     )
 
@@ -287,13 +289,12 @@ def _rises(landscape: Landscape, step: float) -> Float[np.ndarray, "replicates"]
     return np.mean(ends, axis=0) - losses[(slice(None), *landscape.centre)]
 
 
-def _farthest_step(landscapes: Sequence[Landscape]) -> float:
-    """The largest step that is on every axis of every landscape, in both signs."""
+def _farthest_step(landscapes: Sequence[Landscape]) -> float | None:
+    """The largest step that is on every axis of every landscape, in both signs, with losses that can be averaged."""
     first, *others = [axis.steps for landscape in landscapes for axis in landscape.axes]
     common = [s for s in first if s > 0 and all(_on(steps, s) and _on(steps, -s) for steps in (first, *others))]
-    if not common:
-        raise ValueError("No step is on all grids in both signs; scan the landscapes on one grid, symmetric about 0.")
-    return float(max(common))
+    whole = [s for s in common if all(np.isfinite(_rises(landscape, s)).all() for landscape in landscapes)]
+    return float(max(whole or common)) if common else None
 
 
 def _on(steps: np.ndarray, step: float) -> bool:

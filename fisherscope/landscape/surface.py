@@ -243,8 +243,12 @@ def mean_of(replicates: Sequence[Landscape], **facts: Any) -> Landscape:
     first = replicates[0]
     evaluated = np.logical_and.reduce([r.evaluated for r in replicates])
 
+    marked = [r.clipped for r in replicates if r.clipped is not None]
+    clipped = np.logical_or.reduce(marked) if marked else None
+    whole = evaluated if clipped is None else evaluated & ~clipped
+
     def mean(arrays: Sequence[np.ndarray]) -> np.ndarray:
-        return np.where(evaluated, np.mean(arrays, axis=0), np.nan)
+        return np.where(whole, np.mean(arrays, axis=0), np.nan)
 
     shared = {name: getattr(first, name) for name in ("objective", "references", "title", "provenance", "measures")}
     return Landscape(
@@ -253,6 +257,7 @@ def mean_of(replicates: Sequence[Landscape], **facts: Any) -> Landscape:
         evaluated,
         **{**shared, **facts},
         metrics={name: mean([r.metrics[name] for r in replicates]) for name in first.metrics},
+        clipped=clipped,
         geometry=first.geometry,
         replicates=tuple(replicates),
         prediction=_worst([r.prediction for r in replicates if r.prediction]),
@@ -312,7 +317,9 @@ def _landscape(group: Any, attributes: Mapping[str, Any]) -> Landscape:
     provenance = json.loads(attributes.get("provenance", "{}"))
     if "replicates" in group:
         several = [_read(group["replicates"][str(number)]) for number in range(len(group["replicates"]))]
-        return mean_of(several, title=str(attributes["title"]), provenance=provenance, measures=facts["measures"])
+        mean = mean_of(several, title=str(attributes["title"]), provenance=provenance, measures=facts["measures"])
+        own = {name: np.asarray(array) for name, array in group.get("metrics", {}).items() if name not in mean.metrics}
+        return replace(mean, metrics={**mean.metrics, **own})
     arrays = {name: np.asarray(group[name]) for name in ("loss", "evaluated", "inner", "fisher") if name in group}
     others: dict[str, Any] = {n: np.asarray(group[n]) for n in ("clipped", "examples", "counts") if n in group}
     scales = [group[f"axis{number}"] for number in range(arrays["loss"].ndim)]

@@ -451,4 +451,6 @@ def _data_note(given: Sequence[Landscape]) -> str:
 def _facts(things: Sequence[Any], facts: Iterable[Callable[[Any], str]]) -> str:
     """What is known of several things: every fact once, with all values it has."""
     found = (dict.fromkeys(fact(thing) for thing in things) for fact in facts)
-    return "; ".join(" and ".join(filter(None, values)) for values in found if any(values))
+    return "; ".join(
+        " and ".join(filter(None, values)) + (" (not all)" if "" in values else "") for values in found if any(values)
+    )
