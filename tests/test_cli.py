@@ -175,7 +175,9 @@ def test_two_files_are_compared(flags: list[str], tmp_path: Path, capsys: pytest
         assert run("plot", *given, "--out", tmp_path / out) == 0
         assert (tmp_path / out).stat().st_size > 1000
     assert "got one of each" in refused(capsys, "info", files[0], masks[0])
-    assert "info takes one file, two to compare, or several landscapes; got 3" in refused(capsys, "info", *files, masks[0])
+    assert "info takes one file, two to compare, or several landscapes; got 3" in refused(
+        capsys, "info", *files, masks[0]
+    )
     assert "holds neither" not in refused(capsys, "info", files[0], "--out", tmp_path / "table.csv")
 
 

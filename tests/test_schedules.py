@@ -24,7 +24,8 @@ from fisherscope.finetune.methods.linear_probe import LinearProbe
 from fisherscope.finetune.methods.long import Long
 from fisherscope.finetune.methods.top_k_layers import numbered_layers
 from fisherscope.finetune.methods.undebiased import Undebiased
-from fisherscope.finetune.plan import Recipe, check_method, recipe_of
+from fisherscope.finetune.plan import check_method, recipe_of
+from fisherscope.finetune.recipe import Recipe
 from fisherscope.finetune.regularizer import Regularizer
 from fisherscope.objectives import example_losses
 

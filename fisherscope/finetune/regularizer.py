@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 if TYPE_CHECKING:
     from ..objectives import Batch, Predictions
-    from .plan import Recipe
+    from .recipe import Recipe
     from .run import Run
 
 METHODS: "dict[str, type[Regularizer]]" = {}

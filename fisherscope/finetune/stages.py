@@ -23,7 +23,8 @@ from ..data.encoding import DEFAULT_MAX_LENGTH
 from ..data.pairs import next_sentence_pairs, sentences_of
 from ..models import has_next_sentence_head, saved_objective
 from ..objectives import Batch, Predictions
-from .plan import Plan, Recipe, data_of
+from .plan import Plan, data_of
+from .recipe import Recipe
 from .regularizer import Applied, Regularizer
 
 if TYPE_CHECKING:

@@ -18,7 +18,8 @@ from ..objectives import predict
 from .callback import RegularizerCallback
 from .evaluation import Evaluation
 from .multitask import InOrder, SharedBackbone
-from .plan import Plan, Recipe
+from .plan import Plan
+from .recipe import Recipe
 from .regularizer import Regularizer
 
 if TYPE_CHECKING:

@@ -34,7 +34,8 @@ from .callback import RegularizerCallback, last_checkpoint
 from .evaluation import evaluated
 from .forgetting import pretraining_loss
 from .multitask import SharedBackbone, checked_tasks, with_tasks
-from .plan import Plan, Recipe, check_method, data_of, recipe_of
+from .plan import Plan, check_method, data_of, recipe_of
+from .recipe import Recipe
 from .regularizer import Regularizer
 from .results import Results, SeedResult
 from .run import Run

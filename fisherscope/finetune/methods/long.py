@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..regularizer import Regularizer
 
 if TYPE_CHECKING:
-    from ..plan import Recipe
+    from ..recipe import Recipe
 
 
 @dataclass(frozen=True)
