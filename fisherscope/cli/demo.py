@@ -68,7 +68,10 @@ def _commands(out: Path, points: int) -> list[list[str]]:
         *(["fisher", *_model_and_data(model), "--num-examples", "512", "--out", scores[model]] for model in MODELS),
         *(["mask", scores[MODELS[0]], "--select", name, "--fraction", "0.5", "--out", masks[name]] for name in MASKS),
         [*scan, "--out", surfaces[0]],
-        *([*scan, "--mask", masks[name], "--out", surface] for name, surface in zip(MASKS, surfaces[1:], strict=True)),
+        *(
+            [*scan, "--mask", masks[name], "--match", "norm", "--out", surface]
+            for name, surface in zip(MASKS, surfaces[1:], strict=True)
+        ),
         [*finetune, "--out", str(out / FINETUNED["vanilla"])],
         [*finetune, *guided, "--out", str(out / FINETUNED["guided-dropout"])],
         *(
@@ -145,8 +148,10 @@ Loss of `{MODELS[0]}` itself: **{surfaces[0].centre_loss:.4f}** nats per masked 
 |---|---|---|---|---|---|
 {rows}
 
-The masks select half of the entries each, but the directions differ in size: they are scaled to the weights row by
-row, and biases and norms rest. Mind that before concluding from the surfaces that one set of entries matters more.
+The masks select half of the entries each, and their directions have one size, that of a random half (`--match norm`):
+scaled to the weights row by row, they would not, and a mask of large weights would look sharper. Biases and norms
+rest. This is one plane; curves along several directions, with intervals, are in `docs/landscapes.md`. To explore it:
+[surfaces.html](surfaces.html).
 
 ## Fine-tuning
 
