@@ -408,6 +408,7 @@ def test_published_masks_are_halves_of_the_number_of_parameters():
     assert top.provenance["rule"] == "top half of the parameters by mean score (sharma2024)"
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_published_masks_have_two_halves():
     with pytest.raises(ValueError, match="'top' or 'bottom' for the published masks, got 'random'"):
         sharma2024(scores_of([1] * SIZE), "random")
