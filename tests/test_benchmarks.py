@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 TWICE = """
@@ -18,6 +20,7 @@ fisher.main()
 """
 
 
+@pytest.mark.slow
 def test_the_fisher_benchmark_measures_goes_on_and_knows_who_is_right(tmp_path: Path) -> None:
     options = ["--quick", "--out", str(tmp_path / "out.json"), "--cases", "GPT-2", "N"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -39,6 +42,7 @@ def test_the_fisher_benchmark_measures_goes_on_and_knows_who_is_right(tmp_path: 
     assert "over_plain" in measured and "over_plain" not in again
 
 
+@pytest.mark.slow
 def test_the_landscape_benchmark_measures_points_and_what_is_kept(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/landscape.py", "--quick", "--out", str(tmp_path / "out.json")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
