@@ -17,8 +17,8 @@ from . import fisher
 from ._typing import Bool
 from .data.corruption import IGNORED
 from .finetune.contract import check_regularizer as check_regularizer
+from .landscape.contract import aligned, first_examples, size_of
 from .landscape.contract import check_landscape as check_landscape
-from .landscape.contract import first_examples, size_of
 from .models import infer_objective, measuring, state_of
 from .objectives import Batch, ExampleLosses, LossFunction, example_losses
 
@@ -110,10 +110,7 @@ class EngineReport:
     def __str__(self) -> str:
         """A table of what was compared, and the verdict."""
         kind = f"{self.objective}, {self.num_examples} examples, {self.precision}, tolerance {self.tolerance:g}"
-        rows = list(_rows(self))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([f"{self.model}: {kind}", *table, *_notes(self), *_verdict(self)])
+        return "\n".join([f"{self.model}: {kind}", *aligned(list(_rows(self))), *_notes(self), *_verdict(self)])
 
 
 def check_engine(

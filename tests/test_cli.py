@@ -19,6 +19,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import fisherscope as fs
 from fisherscope.cli import COMMANDS, main
+from fisherscope.cli.landscape import _names as names_of
 from fisherscope.comparison import compare
 
 WORDS = [f"word{i}" for i in range(60)]
@@ -223,6 +224,34 @@ def test_stability_of_a_run_is_drawn(flags: list[str], tmp_path: Path, capsys: p
         (["fisher", "--model", "x", "--out", "x.h5"], "one of the arguments --data --task is required"),
         (["landscape", "--points", "three"], "argument --points: invalid int value: 'three'"),
         (["nonsense"], "invalid choice: 'nonsense'"),
+        (
+            ["mask", "s.h5", "--published", "sharma2024", "--within", "layer", "--out", "m"],
+            "argument --within: not with --published, which says what is selected",
+        ),
+        (
+            ["mask", "s.h5", "--published", "sharma2024", "--select", "random", "--out", "m"],
+            "argument --select: the published masks are the top and the bottom half",
+        ),
+        (
+            ["landscape", "--model", "m", "--data", "d", "--rank", "4", "--out", "s.h5"],
+            "argument --rank: only with --directions low-rank",
+        ),
+        (
+            [
+                "landscape",
+                "--model",
+                "m",
+                "--data",
+                "d",
+                "--directions",
+                "hessian",
+                "--normalize",
+                "row",
+                "--out",
+                "s.h5",
+            ],
+            "argument --normalize: only with --directions random",
+        ),
     ],
 )
 def test_usage_errors_are_one_line_and_exit_2(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -230,6 +259,11 @@ def test_usage_errors_are_one_line_and_exit_2(words: list[str], said: str, capsy
         main(words)
     error = capsys.readouterr().err
     assert exit.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_models_of_one_file_name_keep_their_folders() -> None:
+    assert names_of(["a/model.safetensors", "b/other"]) == ("model", "other")
+    assert names_of(["a/model", "b/model"]) == ("a/model", "b/model")
 
 
 def test_errors_are_one_sentence(

@@ -24,6 +24,7 @@ from fisherscope.landscape import Landscape, random_directions, scan_landscape
 from fisherscope.landscape.evaluate import Evaluator
 from fisherscope.landscape.surface import Axis, Geometry, Marker, Prediction, mean_of
 from fisherscope.masks import Mask, bottom_fraction, random_fraction, top_fraction
+from fisherscope.models import backbone_prefix, weights_fingerprint
 from fisherscope.scores import FisherScores
 
 scan_quietly = functools.partial(scan_landscape, progress=False)
@@ -278,6 +279,22 @@ def test_masks_of_one_density_are_made_equal(match: str, orthogonal: bool):
             assert math.isclose(gram[number, number], wanted, rel_tol=1e-12)
             if orthogonal:
                 assert abs(geometry.cosines[0, 1]) < 1e-12
+
+
+def test_scores_of_other_weights_warn_and_strict_refuses(caplog: pytest.LogCaptureFixture):
+    model = built("bert")
+    mask = random_fraction(model, 0.2, seed=1)
+    facts = {"prefix": backbone_prefix(model), "backbone_fingerprint": weights_fingerprint(model, backbone_only=True)}
+    scores = FisherScores(dict(scores_of(model)), 1, provenance={"model": facts})
+    masked(model, mask, match="fisher", scores=scores, strict=True)
+    assert not caplog.records
+    with torch.no_grad():
+        next(model.parameters()).add_(1.0)
+    mask = random_fraction(model, 0.2, seed=1)
+    masked(model, mask, match="fisher", scores=scores)
+    assert "made for other weights of the same architecture" in caplog.text
+    with pytest.raises(ValueError, match="estimate them for this model"):
+        masked(model, mask, match="fisher", scores=scores, strict=True)
 
 
 @pytest.mark.parametrize("match", ["norm", "fisher"])

@@ -4,6 +4,7 @@ import errno
 import functools
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -130,6 +131,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"match": "norm", "mask": NOTHING},
         "A direction of size 0 cannot be matched by norm; select entries that move.",
     ),
+    "match of directions that were made for the mask": (
+        {"match": "norm", "mask": ~NOTHING, "directions": [along(1.0), along(2.0)]},
+        "match='norm' compares masked directions with whole ones, but these were made for the mask; leave it out.",
+    ),
+    "clip of what is no language model": (
+        {"clip": True},
+        "clip is about losses beyond guessing a token, but the objective is squares; leave it out.",
+    ),
     "mask of another model": (
         {"mask": random_fraction(nn.Linear(4, 2), 0.5, seed=0)},
         "The mask does not fit this model: 'weight' has shape (2, 4) there but (2, 3) in the model.",
@@ -222,6 +231,19 @@ def test_full_disk_when_saving(limit: int, tmp_path: Path):
     reason = os.strerror(errno.EFBIG)
     assert said == f"{tmp_path / 'landscape.h5'} cannot be written ({reason}); mend that, and repeat the command.\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_points_of_a_long_row_reach_the_file_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fisherscope.landscape.scan.SECONDS_BETWEEN_FLUSHES", 0.0)
+    part, seen = tmp_path / "landscape.h5.part", []
+
+    def watching(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        copied = shutil.copy(part, tmp_path / "copy.h5")  # what another process would find
+        seen.append(int(Landscape.load(copied).evaluated.sum()))
+        return squares(model, batch)
+
+    scan_quietly(linear(), BATCHES[:1], objective=watching, axes=1, points=5, checkpoint=part)
+    assert seen[-5:] == [0, 1, 2, 3, 4]
 
 
 def test_full_disk_while_measuring_keeps_the_points_so_far(tmp_path: Path):

@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -304,6 +305,23 @@ def test_points_that_were_clipped_or_not_measured_are_holes():
     parts[0] = replace(parts[0], clipped=np.array([True, False, False]))
     parts[1] = replace(parts[1], evaluated=np.array([True, True, False]))
     assert np.isnan(band(mean_of(parts)).mean).tolist() == [True, False, True]
+
+
+def test_mean_of_replicates_keeps_what_was_clipped_and_their_metrics(tmp_path: Path):
+    marks = [np.array([True, False, False]), np.array([False, False, True])]
+    metrics = [{"accuracy": np.array(values)} for values in ([0.1, 0.2, 0.3], [0.3, 0.4, 0.5])]
+    parts = [
+        one([1.0, 2.0, 3.0], clipped=mark, metrics=own, measures={"trace": number})
+        for number, (mark, own) in enumerate(zip(marks, metrics, strict=True))
+    ]
+    mean_of(parts).save(tmp_path / "mean.h5")
+    found = Landscape.load(tmp_path / "mean.h5")
+    assert found.clipped.tolist() == [True, False, True]
+    assert np.isnan(found.metrics["accuracy"]).tolist() == [True, False, True]
+    assert found.metrics["accuracy"][1] == pytest.approx(0.3)
+    assert [part.metrics["accuracy"].tolist() for part in found.replicates] == [
+        own["accuracy"].tolist() for own in metrics
+    ]
 
 
 def test_predicted_points_count_over_directions_but_not_over_examples():

@@ -29,6 +29,9 @@ DIRECTIONS = {
 MOVING = ("normalize", "one_dimensional", "match", "orthogonal", "seed", "strict")
 """What decides how directions are used."""
 
+OWN = (("rank", "low-rank", 8), ("normalize", "random", "filter"), ("one_dimensional", "random", "skip"))
+"""Flags of one kind of directions, and their defaults."""
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The keywords of ``scan_landscape``, and of the functions that make directions."""
@@ -56,14 +59,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     moves.add_argument(
         "--models", nargs="+", default=[], metavar="MODEL", help="other models, for between, plane and trajectory"
     )
-    moves.add_argument("--rank", type=int, default=8, help="of low-rank directions")
+    moves.add_argument("--rank", type=int, help="of low-rank directions; default: 8")
     moves.add_argument(
         "--normalize",
         choices=("filter", "row", "parameter", "layer", "none"),
-        default="filter",
-        help="of random directions",
+        help="of random directions; default: filter",
     )
-    moves.add_argument("--one-dimensional", choices=("skip", "scale"), default="skip", help="what biases and norms do")
+    moves.add_argument(
+        "--one-dimensional",
+        choices=("skip", "scale"),
+        help="what biases and norms do in random directions; default: skip",
+    )
     moves.add_argument(
         "--match",
         choices=("none", "norm", "fisher"),
@@ -162,6 +168,11 @@ def _with_measures(
 
 
 def _check(args: argparse.Namespace) -> None:
+    for name, kind, default in OWN:
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.directions != kind:
+            args.refuse(f"argument --{name.replace('_', '-')}: only with --directions {kind}")
     if args.directions != "random" and args.replicates > 1:
         args.refuse("argument --replicates: only random directions have several")
     wanted = DIRECTIONS[args.directions]

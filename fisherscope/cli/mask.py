@@ -23,10 +23,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="no parameters whose name matches")
     parser.add_argument("--seed", type=int, default=0, help="of a random selection")
     add_output_flags(parser)
+    parser.set_defaults(refuse=parser.error)
 
 
 def run(args: argparse.Namespace) -> None:
     """Select, save, and say how many."""
+    unused = {"granularity": "entry", "within": "model", "include": None, "exclude": None, "seed": 0}
+    if args.published and (given := next((name for name, v in unused.items() if getattr(args, name) != v), None)):
+        args.refuse(f"argument --{given}: not with --published, which says what is selected")
+    if args.published and args.select == "random":
+        args.refuse("argument --select: the published masks are the top and the bottom half")
     if output_is_complete(args):
         return
     from ..masks import bottom_fraction, random_fraction, sharma2024, top_fraction
@@ -35,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
     scores = FisherScores.load(args.scores)
     patterns = {"granularity": args.granularity, "include": args.include, "exclude": args.exclude}
     if args.published:
-        mask = sharma2024(scores, args.select)
+        mask = sharma2024(scores, "bottom" if args.select == "bottom" else "top")
     elif args.select == "random":
         mask = random_fraction(scores, args.fraction, seed=args.seed, stratify=args.within, **patterns)
     else:

@@ -106,10 +106,7 @@ class LandscapeReport:
     def __str__(self) -> str:
         """A table of what was compared, and the verdict."""
         kind = f"{self.objective}, {self.num_examples} examples, {self.precision}, tolerance {self.tolerance:g}"
-        rows = list(_rows(self))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
-        return "\n".join([f"Landscapes of {self.model}: {kind}", *table, *_verdict(self)])
+        return "\n".join([f"Landscapes of {self.model}: {kind}", *aligned(list(_rows(self))), *_verdict(self)])
 
 
 def check_landscape(
@@ -195,6 +192,12 @@ def first_examples(batches: Iterable[Batch], num_examples: int) -> Iterator[dict
         left -= size_of(part)
         if not left:
             return
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table, its columns as wide as they need to be."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def size_of(batch: Batch) -> int:

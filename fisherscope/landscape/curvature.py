@@ -13,7 +13,7 @@ from .._typing import Float
 from ..masks import Mask
 from ..models import check_head, infer_objective, measuring, row_axis, transposed_parameters
 from ..objectives import Batch, LossFunction, Predictions, predict
-from .directions import Direction, Subspace, _check_option, _fitted, _gaussian, norm
+from .directions import Direction, Subspace, check_option, fitted, gaussian, norm
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -67,7 +67,7 @@ class Curvature:
             ValueError: If the kind is unknown, or the GGN is asked of a loss function, or nothing is selected.
             MaskMismatch: If the mask belongs to another model.
         """
-        _check_option("kind", kind, get_args(Kind))
+        check_option("kind", kind, get_args(Kind))
         self.model, self.batches, self.kind = model, list(batches), kind
         self.objective = objective or infer_objective(model)
         if callable(self.objective) and kind == "ggn":
@@ -437,11 +437,11 @@ def low_rank(model: nn.Module, axes: int = 2, *, rank: int, seed: int = 0) -> Su
         axis = row_axis(name, transposed)
         rows = weight.movedim(axis, 0)
         like = weight.new_zeros((), dtype=torch.promote_types(weight.dtype, torch.float32))
-        b = _gaussian(like.expand(len(rows), rank), seed, number, f"{name}, rows")
-        a = _gaussian(like.expand(rank, rows[0].numel()), seed, number, f"{name}, columns")
+        b = gaussian(like.expand(len(rows), rank), seed, number, f"{name}, rows")
+        a = gaussian(like.expand(rank, rows[0].numel()), seed, number, f"{name}, columns")
         drawn = (b @ a).view(rows.shape).movedim(0, axis)
-        fitted = _fitted(drawn, weight.to(drawn.dtype), [k for k in range(weight.ndim) if k != axis])
-        return fitted.to(weight.dtype).contiguous()
+        scaled = fitted(drawn, weight.to(drawn.dtype), [k for k in range(weight.ndim) if k != axis])
+        return scaled.to(weight.dtype).contiguous()
 
     weights = {name: p.detach() for name, p in model.named_parameters()}
     directions = tuple({name: product(name, w, number) for name, w in weights.items()} for number in range(axes))

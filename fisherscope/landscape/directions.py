@@ -80,40 +80,42 @@ def random_directions(
     Raises:
         ValueError: If an option is unknown.
     """
-    _check_option("normalize", normalize, get_args(Normalize))
-    _check_option("one_dimensional", one_dimensional, get_args(OneDimensional))
+    check_option("normalize", normalize, get_args(Normalize))
+    check_option("one_dimensional", one_dimensional, get_args(OneDimensional))
     transposed = transposed_parameters(model)
     weights = {name: p.detach() for name, p in model.named_parameters()}
 
     def one(number: int) -> dict[str, Tensor]:
-        drawn = {name: _gaussian(weight, seed, number, name) for name, weight in weights.items()}
+        drawn = {name: gaussian(weight, seed, number, name) for name, weight in weights.items()}
         for name, weight in weights.items():
             if weight.ndim <= 1 and one_dimensional == "skip":
                 drawn[name].zero_()
             elif weight.ndim <= 1 and normalize != "none":
-                drawn[name] = _fitted(drawn[name], weight, None)
+                drawn[name] = fitted(drawn[name], weight, None)
             elif normalize in ("filter", "row"):
                 axis = row_axis(name, transposed) if normalize == "filter" else 0
-                drawn[name] = _fitted(drawn[name], weight, [a for a in range(weight.ndim) if a != axis])
+                drawn[name] = fitted(drawn[name], weight, [a for a in range(weight.ndim) if a != axis])
             elif normalize == "parameter":
-                drawn[name] = _fitted(drawn[name], weight, None)
+                drawn[name] = fitted(drawn[name], weight, None)
         return _fitted_by_layer(drawn, weights) if normalize == "layer" else drawn
 
     return [one(number) for number in range(first, first + count)]
 
 
-def _check_option(name: str, value: str, allowed: Sequence[str]) -> None:
+def check_option(name: str, value: str, allowed: Sequence[str]) -> None:
+    """Refuse an option that is none of the allowed ones."""
     if value not in allowed:
         raise ValueError(f"{name} must be {' or '.join(map(repr, allowed))}, got {value!r}.")
 
 
-def _gaussian(like: Tensor, seed: int, number: int, name: str) -> Tensor:
+def gaussian(like: Tensor, seed: int, number: int, name: str) -> Tensor:
+    """Standard normal entries, a function of the seed, the direction's number and the parameter's name alone."""
     own_seed = int.from_bytes(hashlib.sha256(repr((seed, number, name)).encode()).digest()[:8], "big") >> 1
     drawn = torch.randn(like.shape, generator=torch.Generator().manual_seed(own_seed), dtype=torch.float32)
     return drawn.to(like.device, like.dtype)
 
 
-def _fitted(direction: Tensor, weight: Tensor, others: list[int] | None) -> Tensor:
+def fitted(direction: Tensor, weight: Tensor, others: list[int] | None) -> Tensor:
     """The direction with the norms of the weight, over some axes or over all."""
     own = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
     drawn = torch.linalg.vector_norm(direction, dim=others, keepdim=True)
@@ -176,7 +178,7 @@ def matched(
     Raises:
         ValueError: If the option is unknown, scores are missing, or a size is 0.
     """
-    _check_option("match", match, get_args(Match))
+    check_option("match", match, get_args(Match))
     if match == "none":
         return dict(move)
     if match == "fisher" and scores is None:

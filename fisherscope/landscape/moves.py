@@ -74,7 +74,7 @@ class Moves:
         if self.mask is not None and selected is not None and self.match != "none":
             covered = [{name: t for name, t in direction.items() if name in selected} for direction in whole]
             pairs, density = zip(moves, covered, strict=True), self.mask.density
-            moves = [matched(move, direction, density, self.match, self.weights) for move, direction in pairs]
+            moves = [matched(move, direction, density, self.match, self.aligned_scores) for move, direction in pairs]
         if self.space and self.space.markers and not _are_same(moves, whole):
             raise ValueError(
                 "Directions between models lead to those models only as they are; make them with the mask of the "
@@ -104,7 +104,7 @@ class Moves:
         return selected
 
     @cached_property
-    def weights(self) -> Mapping[str, Tensor] | None:
+    def aligned_scores(self) -> Mapping[str, Tensor] | None:
         """The scores under the model's names, on its device; 0 where the model has a parameter that they lack."""
         if self.scores is None:
             return None
@@ -126,18 +126,17 @@ class Moves:
         return {
             "seed": None if self.space else self.seed,
             "directions": list(self.space.kinds) if self.space else KINDS[self.normalize],
-            "one_dimensional": self.one_dimensional,
+            "one_dimensional": None if self.space else self.one_dimensional,
             "match": self.match,
             "orthogonal": self.orthogonal,
-            "scores": None if self.scores is None else self._scores_in_words(),
+            "scores": None if self.scores is None else _in_words(self.scores),
         }
 
-    def _scores_in_words(self) -> str:
-        """What tells scores of one model apart."""
-        scores = self.scores
-        assert scores is not None
-        data = (scores.provenance.get("data") or {}).get("fingerprint")
-        return f"{scores.estimator} by {scores.unit}, {scores.num_examples} examples of {data}"
+
+def _in_words(scores: FisherScores) -> str:
+    """What tells scores of one model apart."""
+    data = (scores.provenance.get("data") or {}).get("fingerprint")
+    return f"{scores.estimator} by {scores.unit}, {scores.num_examples} examples of {data}"
 
 
 def given_space(

@@ -34,9 +34,6 @@ logger = logging.getLogger(__name__)
 Evaluate = Callable[[Iterable[tuple[float, ...]]], Iterator[Point]]
 """Measures points, given by one step per axis, in their order."""
 
-AT_ONCE = 32
-"""Points of an adaptive round after which they are safe in the file."""
-
 EACH = 4
 """Points that a rank measures before all ranks exchange theirs."""
 
@@ -124,6 +121,9 @@ def scan_landscape(
         found = f"got {replicates}" if replicates < 1 else f"got {replicates} of given directions, which are only one"
         raise ValueError(f"replicates must be at least 1, and only random directions have several; {found}.")
     steps = grid_steps(axes, points, span)
+    if clip and not is_language_model(objective):
+        found = f"the objective is {_name(objective)}; leave it out"
+        raise ValueError(f"clip is about losses beyond guessing a token, but {found}.")
     if adaptive is not None:
         check_tolerance(adaptive)
         clip = clip or is_language_model(objective)
@@ -155,7 +155,7 @@ def scan_landscape(
     _check_same_on_all_ranks({**provenance, "points": [len(s) for s in steps]})
 
     def empty(directions: Sequence[Direction]) -> Landscape:
-        geometry = geometry_of(model, directions, moves.weights, quadratic=_predicts_loss(scores, objective))
+        geometry = geometry_of(model, directions, moves.aligned_scores, quadratic=_predicts_loss(scores, objective))
         grid = tuple(map(_axis, range(axes), steps, directions, moves.kinds))
         return _empty(grid, *about, provenance, names, clip, kept, geometry)
 
@@ -251,10 +251,7 @@ def scan_adaptively(
         if bar is not None:
             bar.total = bar.n + len(missing)
             bar.refresh()
-        for start in range(0, len(missing), AT_ONCE):
-            measure(
-                evaluate, log, missing[start : start + AT_ONCE], tick=bar.update if bar is not None else lambda: None
-            )
+        measure(evaluate, log, missing, tick=bar.update if bar is not None else lambda: None)
         return log.loss
 
     filled = measure_adaptively(measured, log.landscape.centre, log.loss.shape, tolerance, ceiling)

@@ -11,12 +11,10 @@ import numpy as np
 
 from .._typing import Bool, Float
 from ..landscape import Axis, Landscape
+from ..landscape.scan import MARGIN
 from ..landscape.surface import Geometry
 from ..objectives import is_language_model
 from ._prepare import LOSS_LABELS, Panel, Panels, Reference, Scale, Titles, Width, as_sequence, model_name, titles_of
-
-MARGIN_ABOVE_GUESSING = 0.5
-"""Nats above ln V at which landscapes of language models are cut: beyond guessing, a loss says nothing more."""
 
 _REFERENCES = {"uniform": ("ln V", "ln V"), "unigram": ("unigram entropy", "unigram")}
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
@@ -270,8 +268,8 @@ def _ceiling(losses: np.ndarray, finite: np.ndarray, centre: float, guessing: fl
     if the rest would take more than half of the scale.
     """
     low, top = float(finite.min()), float(finite.max())
-    if guessing is not None and centre < guessing + MARGIN_ABOVE_GUESSING:
-        ceiling, rule = guessing + MARGIN_ABOVE_GUESSING, f"ln V + {MARGIN_ABOVE_GUESSING:g}"
+    if guessing is not None and centre < guessing + MARGIN:
+        ceiling, rule = guessing + MARGIN, f"ln V + {MARGIN:g}"
     else:
         ceiling, rule = max(centre, float(np.percentile(finite, 95))), "the 95th percentile"
         if top - low <= 2 * (ceiling - low):
