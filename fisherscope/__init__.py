@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .comparison import compare
     from .data import TASKS, Batches, Source, Task, load_batches, read_source, read_task
     from .finetune import Regularizer, RegularizerCallback, Results
+    from .finetune.comparison import compare_methods, read_runs
     from .finetune.methods.fixed_mask import SubnetworkUpdate
     from .finetune.methods.gaussian_dropout import GaussianDropout
     from .finetune.methods.guided_dropout import GuidedDropout
@@ -39,6 +40,8 @@ _HOME = {
     "finetune": "",
     "Regularizer": ".finetune",
     "RegularizerCallback": ".finetune",
+    "read_runs": ".finetune",
+    "compare_methods": ".finetune",
     "Results": ".finetune",
     "GuidedDropout": ".finetune",
     "GaussianDropout": ".finetune",

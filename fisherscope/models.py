@@ -38,6 +38,7 @@ _AUTO_CLASSES = {
     "regression": "AutoModelForSequenceClassification",
 }
 _loaded: "weakref.WeakKeyDictionary[nn.Module, dict[str, Any]]" = weakref.WeakKeyDictionary()
+_trained_in: "weakref.WeakKeyDictionary[nn.Module, nn.Module]" = weakref.WeakKeyDictionary()
 
 
 def load_model(
@@ -423,6 +424,7 @@ def share_backbone(model: nn.Module, other: nn.Module, name: str) -> None:
         raise ValueError(f"A {type(model).__name__} has no backbone apart from its head; train one task at a time.")
     attribute = backbone_prefix(model).removesuffix(".")
     setattr(other, attribute, getattr(model, attribute))
+    _trained_in[other] = model
     head = nn.Module()
     for child, module in other.named_children():
         if child != attribute:
@@ -439,10 +441,17 @@ def share_backbone(model: nn.Module, other: nn.Module, name: str) -> None:
         _loaded[model] = facts | {"new_parameters": [*facts["new_parameters"], *added]}
 
 
+def trained_model(model: nn.Module) -> nn.Module:
+    """The model that trains: of those that share a backbone the one that has all heads, else the model itself."""
+    return _trained_in.get(model, model)
+
+
 def without_other_tasks(model: nn.Module) -> None:
     """Take the heads of other tasks out again."""
     if hasattr(model, OTHER_TASKS):
         delattr(model, OTHER_TASKS)
+    for other in [other for other, whole in _trained_in.items() if whole is model]:
+        del _trained_in[other]
 
 
 def weights_fingerprint(model: nn.Module, *, backbone_only: bool = False) -> str:

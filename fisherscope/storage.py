@@ -4,6 +4,7 @@ Every file of fisherscope carries a format name, a format version and its proven
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -35,13 +36,19 @@ class WrongFile(ValueError):
 
 def provenance(**facts: Any) -> dict[str, Any]:
     """The given facts, the versions of the libraries that compute, the command and the time."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
     return {
         **facts,
-        "versions": {"python": platform.python_version(), "fisherscope": _own_version(), **versions},
+        "versions": dict(_versions()),
         "command": _command(),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+@functools.cache
+def _versions() -> Mapping[str, str]:
+    """Reading them takes longer than saving a mask."""
+    libraries = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "numpy")}
+    return {"python": platform.python_version(), "fisherscope": _own_version(), **libraries}
 
 
 def _command() -> str:

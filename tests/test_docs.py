@@ -11,16 +11,19 @@ from fisherscope.finetune import METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(bash|python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ROW = re.compile(r"^\| `([a-z][\w-]*)` \|.*\|.*\| (.*) \|$", re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if BLOCK.search(p.read_text())], ids=lambda p: p.name)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "figures").symlink_to(ROOT / "figures")  # runs that are there already
     for language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
         if language == "python":
             exec(compile(text, page.name, "exec"), {})
+        elif language == "yaml":  # a file, whose first line is "# NAME"
+            (tmp_path / text.split()[1]).write_text(text, encoding="utf-8")
         else:
             for line in text.strip().splitlines():
                 program, *words = shlex.split(line)

@@ -190,7 +190,7 @@ class TestResults:
     def test_the_folder_holds_what_was_done(self, run):
         folder, results = run
         assert {f.name for f in folder.iterdir()} == {
-            "config.yaml", "run.json", "results.json", "predictions.jsonl", "model-seed-0", "model-seed-3",
+            "config.yaml", "run.json", "results.json", "predictions.jsonl", "splits.json", "model-seed-0", "model-seed-3",
         }  # fmt: skip
         loaded = Results.load(folder)
         assert str(loaded) == str(results)
@@ -272,7 +272,7 @@ class TestResults:
             finetune("builtin:bert", **QUICK, epochs=5, out=folder, resume=True, measure_forgetting="builtin:docs")
 
     def test_a_damaged_file_is_refused(self, tmp_path):
-        for text, match in (("{", "not JSON"), ('{"format": "x"}', "should be a"), ("[]", "damaged|not JSON")):
+        for text, match in (("{", "not JSON"), ('{"format": "x"}', "should be a"), ("[1]", "damaged|not JSON")):
             (tmp_path / "results.json").write_text(text)
             with pytest.raises(storage.WrongFile, match=match):
                 Results.load(tmp_path)

@@ -49,11 +49,11 @@ class Given:
     def model(self) -> nn.Module:
         return self.made.model
 
-    @property
+    @functools.cached_property
     def mask(self) -> Mask:
         return fs.top_fraction(self.scores, 0.3)
 
-    @property
+    @functools.cached_property
     def full_mask(self) -> Mask:
         return fs.top_fraction(self.scores, 1.0)
 
@@ -137,7 +137,9 @@ TABLE: dict[str, Entry] = {
     "bitfit": Entry(
         of("bitfit"), refused={"T5": "^BitFit trains biases, but a T5ForSequenceClassification"}, repeatable=True
     ),
-    "child-tuning-f": Entry(of("child-tuning-f", seed=1), of("child-tuning-f", seed=1, keep=1.0)),
+    "child-tuning-f": Entry(
+        of("child-tuning-f", seed=1), of("child-tuning-f", seed=1, keep=1.0), repeatable=True
+    ),
     "child-tuning-d": Entry(
         of("child-tuning-d", scores=the_scores), of("child-tuning-d", scores=the_scores, keep=1.0), repeatable=True
     ),
@@ -145,14 +147,17 @@ TABLE: dict[str, Entry] = {
     "dps-dense": Entry(
         of("dps-dense", total_steps=4), of("dps-dense", total_steps=4, drop=0.0), repeatable=True
     ),
-    "dps-mix": Entry(of("dps-mix", total_steps=4, seed=1), of("dps-mix", total_steps=4, seed=1, drop=0.0)),
-    "label-smoothing": Entry(of("label-smoothing"), of("label-smoothing", weight=0.0)),
+    "dps-mix": Entry(
+        of("dps-mix", total_steps=4, seed=1), of("dps-mix", total_steps=4, seed=1, drop=0.0), repeatable=True
+    ),
+    "label-smoothing": Entry(of("label-smoothing"), of("label-smoothing", weight=0.0), repeatable=True),
     "distillation": Entry(
-        of("distillation", teacher=another), of("distillation", teacher=another, weight=0.0)
+        of("distillation", teacher=another), of("distillation", teacher=another, weight=0.0), repeatable=True
     ),
     "teacher-free-distillation": Entry(
         of("teacher-free-distillation", teacher=lambda on: VirtualTeacher()),
         of("teacher-free-distillation", teacher=lambda on: VirtualTeacher(), weight=0.0),
+        repeatable=True,
     ),
     "weight-decay-pretrained": Entry(of("weight-decay-pretrained", anchor=the_weights), repeatable=True),
     "l2-sp": Entry(
@@ -177,7 +182,9 @@ TABLE: dict[str, Entry] = {
     "vanilla-undebiased": Entry(of("vanilla-undebiased"), repeatable=True),
     "vanilla-long": Entry(of("vanilla-long"), repeatable=True, inert=True),
     "weights-mixup": Entry(
-        lambda on: METHODS["weights-mixup"](**on.factors(0.8)), lambda on: METHODS["weights-mixup"](**on.factors(1.0))
+        lambda on: METHODS["weights-mixup"](**on.factors(0.8)),
+        lambda on: METHODS["weights-mixup"](**on.factors(1.0)),
+        repeatable=True,
     ),
     "lora": Entry(of("lora", rank=2), repeatable=True),
     "prompt-tuning": Entry(
@@ -241,11 +248,14 @@ def test_gradients_may_be_accumulated(method: str, model: str):
             setattr(site.module, site.attribute, 0.0)
         trained.train()
         optimizer = AdamW(trained.parameters(), lr=0.1, weight_decay=0.1, eps=1.0)
-        with TABLE[method].active(on).applied_to(trained, optimizer):
+        regularizer = TABLE[method].active(on)
+        with regularizer.applied_to(trained, optimizer):
             for _ in range(2):
                 optimizer.zero_grad()
                 for batch in batched(on.made.examples[:4], size):
-                    (predict(trained, batch, "classification").losses().total.sum() / 4).backward()
+                    predictions = predict(trained, batch, "classification")
+                    total, term = predictions.losses().total, regularizer.penalty(trained, batch, predictions)
+                    ((total if term is None else total + term).sum() / 4).backward()
                 optimizer.step()
         found.append(dict(trained.named_parameters()))
     for name, parameter in found[0].items():

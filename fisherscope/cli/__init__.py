@@ -17,6 +17,8 @@ COMMANDS = {
     "mask": "a mask from Fisher scores",
     "landscape": "the loss around a model, on a grid",
     "finetune": "fine-tuning with a regularizer, for several seeds",
+    "sweep": "many runs of fine-tuning that one file names",
+    "compare": "methods of fine-tuning side by side, with tests over seeds",
     "plot": "figures from scores and landscapes",
     "info": "what a file holds and how it was made",
     "check": "whether the fast engine is exact on a model, and batching and padding are harmless",
@@ -56,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         resumable = argv[:1] in (["fisher"], ["landscape"], ["finetune"], ["demo"])
-        hint = "; the same command with --resume goes on from what was saved" if resumable else ""
+        again = "the same command" if argv[:1] == ["sweep"] else "the same command with --resume" if resumable else ""
+        hint = f"; {again} goes on from what was saved" if again else ""
         print(f"fisherscope: interrupted{hint}.", file=sys.stderr)
         return 130
     except Exception as error:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from ..data.sources import OBJECTIVES
 from ..data.tasks import TASKS
+from ..finetune.protocol import DEFAULT, PROTOCOLS
 from ..finetune.regularizer import METHODS, Regularizer
 from ._common import add_general_flags
 
@@ -37,15 +38,27 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--pretrain-text", metavar="DATA", help="text for more masked language modelling first")
     what.add_argument("--pretrain-steps", type=int, help="optimizer steps of that; default: one pass over the text")
     what.add_argument("--intermediate-task", choices=TASKS, metavar="NAME", help="a task to fine-tune on first")
-    what.add_argument("--validation-data", metavar="DATA", help="with --data: what is measured after every epoch")
+    what.add_argument("--validation-data", metavar="DATA", help="with --data: what is reported after every epoch")
     what.add_argument("--objective", choices=OBJECTIVES, help="with --data; default: that of the checkpoint's head")
     what.add_argument(
         "--data-dir", type=Path, metavar="FOLDER", help="with the files of the task as published; default: the Hub"
     )
     what.add_argument("--text-columns", nargs="+", metavar="COLUMN", help="with --data: one or two columns with text")
     what.add_argument("--label-column", metavar="COLUMN", help="with --data: for classification and regression")
-    what.add_argument("--train-size", type=int, help="a random subset of the training examples; default: all")
-    what.add_argument("--subset-seed", type=int, default=0, help="draws the subset, the same one for all seeds")
+    what.add_argument(
+        "--train-size",
+        type=_size,
+        metavar="N",
+        help="how many examples to train on, or a fraction of them, such as 0.1; default: all",
+    )
+    what.add_argument("--subset-seed", type=int, default=0, help="draws them, the same ones for all seeds")
+    what.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"who sees which examples: {', '.join(PROTOCOLS)}; default: {DEFAULT}",
+    )
     what.add_argument(
         "--max-length", type=int, help="tokens per example; default: 128, or fewer if the model takes fewer"
     )
@@ -64,6 +77,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     add_general_flags(parser)
     parser.set_defaults(refuse=parser.error)
+
+
+def _size(text: str) -> int | float:
+    """A number of examples, or a fraction."""
+    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def _add_training_flags(parser: argparse.ArgumentParser) -> None:
@@ -147,6 +165,7 @@ def run(args: argparse.Namespace) -> None:
             seeds=range(args.seeds) if args.seed is None else [args.seed],
             train_size=args.train_size,
             subset_seed=args.subset_seed,
+            protocol=args.protocol,
             max_length=args.max_length,
             measure_forgetting=args.measure_forgetting,
             out=args.out,

@@ -26,7 +26,7 @@ Table = list[dict[str, Any]]
 _FORMATS = {"entries": ",", "selected": ",", "density": ".2%", "share": ".2%"}
 _FORMATS |= dict.fromkeys(("mean", "max", "sum", "first_half_mean", "second_half_mean"), ".3e")
 _FORMATS |= dict.fromkeys(("epoch", "seconds_per_step"), ".3g") | {"optimizer_state": ","}
-_FORMATS |= dict.fromkeys(("loss", *METRICS, *(f"best_{name}" for name in ("loss", *METRICS))), ".4f")
+_FORMATS |= {f"{which}{name}": ".4f" for which in ("", "best_", "select_", "selected_") for name in ("loss", *METRICS)}
 _FORMATS |= dict.fromkeys(("overlap", "chance", "jaccard", "rank_correlation"), ".3f")
 
 

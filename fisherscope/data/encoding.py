@@ -173,6 +173,7 @@ def load_batches(
     *,
     objective: str,
     num_examples: int | None = None,
+    positions: Sequence[int] | None = None,
     batch_size: int = 16,
     max_length: int | None = None,
     seed: int = 0,
@@ -193,6 +194,7 @@ def load_batches(
         objective: One of the five names.
         num_examples: How many examples to draw at random, kept in source order; None takes all. If there are
             fewer, all are taken and a warning says so.
+        positions: Instead of ``num_examples``: which examples to take, by their place in the source.
         batch_size: Examples per batch; changes nothing else.
         max_length: Tokens per example, special ones included; longer texts are cut. By default 128, or less if the
             tokenizer allows less.
@@ -221,7 +223,7 @@ def load_batches(
         raise ValueError(f"{data.name} is read already; give text_columns, label_column and revision to read_source.")
     else:
         source = data
-    positions = _chosen(source, num_examples, seed)
+    positions = _chosen(source, num_examples, seed) if positions is None else _checked(source, positions, num_examples)
     examples = _encoded(source, positions, objective, _Encoder(tokenizer, max_length, seed))
     return Batches(
         examples,
@@ -265,6 +267,14 @@ def _chosen(source: Source, num_examples: int | None, seed: int) -> list[int]:
     if num_examples > available:
         logger.warning("%s holds %d examples, %d were asked for; all are used.", source.name, available, num_examples)
     return sorted(np.random.default_rng(seed).permutation(available)[:num_examples].tolist())
+
+
+def _checked(source: Source, positions: Sequence[int], num_examples: int | None) -> Sequence[int]:
+    if num_examples is not None:
+        raise ValueError("positions say which examples to take; leave out num_examples.")
+    if not positions or min(positions) < 0 or max(positions) >= len(source.texts):
+        raise ValueError(f"positions must be some of 0 to {len(source.texts) - 1}, those of {source.name}; mend them.")
+    return positions
 
 
 def _encoded(source: Source, positions: Sequence[int], objective: str, encoder: "_Encoder") -> list[Example]:

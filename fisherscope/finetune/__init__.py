@@ -14,12 +14,29 @@ from .regularizer import METHODS, Applied, Composed, Regularizer
 
 if TYPE_CHECKING:
     from .callback import RegularizerCallback
+    from .comparison import compare_methods, read_runs
     from .results import Results
     from .training import finetune
 
-__all__ = ["METHODS", "Applied", "Composed", "Regularizer", "RegularizerCallback", "Results", "finetune"]
+__all__ = [
+    "METHODS",
+    "Applied",
+    "Composed",
+    "Regularizer",
+    "RegularizerCallback",
+    "Results",
+    "compare_methods",
+    "finetune",
+    "read_runs",
+]
 
-_HOME = {"RegularizerCallback": "callback", "Results": "results", "finetune": "training"}  # Trainer takes seconds
+_HOME = {  # Trainer takes seconds
+    "RegularizerCallback": "callback",
+    "Results": "results",
+    "compare_methods": "comparison",
+    "finetune": "training",
+    "read_runs": "comparison",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -44,6 +44,8 @@ class Adapter(Regularizer):
         seed: Draws the added parameters.
     """
 
+    order: ClassVar[int] = -2
+
     seed: int
 
     def added(self, model: nn.Module) -> dict[str, nn.Parameter]:

@@ -12,10 +12,28 @@ from ..data.sources import LABELLED_OBJECTIVES
 from ..metrics import metrics_of
 from ..models import measuring
 from ..objectives import predict
+from .results import SELECT
 
 Rows = list[dict[str, Any]]
 Evaluation = Callable[[], tuple[Rows, dict[str, float]]]
 """Gives the rows of :func:`predicted`, and the metrics by name."""
+
+
+def measured(
+    measure: Callable[[Sequence[Batches]], tuple[Rows, dict[str, float]]],
+    report: Sequence[Batches],
+    select: Sequence[Batches],
+) -> tuple[Rows, dict[str, float]]:
+    """The rows and metrics of the report examples, and the metrics of the select examples, marked as such.
+
+    Args:
+        measure: Measures examples of every task.
+        report: Of every task.
+        select: Likewise, or nothing.
+    """
+    rows, found = measure(report)
+    chosen = measure(select)[1] if select else {}
+    return rows, found | {f"{SELECT}{name}": value for name, value in chosen.items()}
 
 
 def evaluated(model: nn.Module, batches: Batches, objective: str) -> tuple[Rows, dict[str, float]]:

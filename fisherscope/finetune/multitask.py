@@ -19,7 +19,7 @@ from ..data import Batches
 from ..models import share_backbone, without_other_tasks
 from .evaluation import Rows, evaluated
 from .plan import MEAN, Plan
-from .regularizer import METHODS
+from .regularizer import check_fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,14 +53,12 @@ def with_tasks(plan: Plan, others: Sequence[Mapping[str, Any]], exponent: float 
     """The plan, with further tasks beside its own; each is given as the fields that say what it is trained on.
 
     Raises:
-        ValueError: If the method learns from a teacher, which knows one task only.
+        ValueError: If the method cannot be trained on these tasks.
     """
-    if not others:
-        return plan
-    for name in plan.method.split("+") if isinstance(plan.method, str) else ():
-        if "teacher" in METHODS[name].settings():
-            raise ValueError(f"{name} learns from a teacher, who knows one task; take one task, or another method.")
     more = tuple(replace(plan, **other) for other in others)
+    check_fit(plan.methods, [part.objective for part in (plan, *more)])
+    if not more:
+        return plan
     return replace(plan, others=more, sampling_exponent=1.0 if exponent is None else exponent)
 
 
@@ -98,6 +96,14 @@ def step_order(sizes: Sequence[int], exponent: float, steps: int, group: int, se
 
 def _seed(what: str, seed: int) -> int:
     return int(storage.digest(f"order of the {what}, seed {seed}"), 16)
+
+
+def together(plans: Sequence[Plan], found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of every task as ``task.metric``, and the means of the losses (if known) and main metrics."""
+    losses = [found[plan.name]["loss"] for plan in plans if "loss" in found[plan.name]]
+    means = {"loss": float(np.mean(losses))} if len(losses) == len(plans) else {}
+    means[MEAN] = float(np.mean([found[plan.name][plan.metric] for plan in plans]))
+    return means | {f"{task}.{name}": value for task, by in found.items() for name, value in by.items()}
 
 
 class InOrder(Sampler[int]):
@@ -147,7 +153,10 @@ class SharedBackbone:
 
         @functools.wraps(own)
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return (own if self.current is self.whole else self.current)(*args, **kwargs)
+            if self.current is self.whole:
+                return own(*args, **kwargs)
+            self.current.training = self.whole.training  # its parts are the whole model's
+            return self.current(*args, **kwargs)
 
         self.whole.__dict__["forward"] = forward
 
@@ -178,27 +187,24 @@ class SharedBackbone:
 
     @contextmanager
     def at(self, number: int) -> Iterator[Plan]:
-        """Be the model of a task, for the length of a block."""
-        before, self.current = self.current, self.models[number]
-        self.current.training = self.whole.training  # its parts are the whole model's
+        """Be the model of a task, and say so in the configuration, for the length of a block."""
+        before, config = self.current, self.whole.config
+        self.current = self.models[number]
+        self.whole.config = self.current.config
         try:
             yield self.plans[number]
         finally:
-            self.current = before
+            self.current, self.whole.config = before, config
 
     def evaluate(self, validation: Sequence[Batches]) -> tuple[Rows, dict[str, float]]:
         """Measure every task: ``task.metric`` for each, and the means of the losses and of the main metrics."""
         rows, found = [], {}
         for number, batches in enumerate(validation):
             with self.at(number) as plan:
-                of_task, measured = evaluated(self.current, batches, plan.objective)
+                of_task, measured = evaluated(self.whole, batches, plan.objective)
             rows += [{TASK: plan.name, **row} for row in of_task]
-            found |= {f"{plan.name}.{metric}": value for metric, value in measured.items()}
-        means = {
-            "loss": np.mean([found[f"{plan.name}.loss"] for plan in self.plans]),
-            MEAN: np.mean([found[f"{plan.name}.{plan.metric}"] for plan in self.plans]),
-        }
-        return rows, {name: float(value) for name, value in means.items()} | found
+            found[plan.name] = measured
+        return rows, together(self.plans, found)
 
     def separate(self) -> "dict[str, PreTrainedModel]":
         """The model of every task by name, each with the trained backbone and nothing of the others."""

@@ -18,6 +18,7 @@ from ..metrics import CLASSIFICATION, REGRESSION
 from ..models import saved_classes, saved_objective, shown_name
 from ..scores import FisherScores
 from . import methods  # noqa: F401  registers them
+from .protocol import DEFAULT, PROTOCOLS, Roles, Size, Splits
 from .recipe import Recipe
 from .regularizer import METHODS, Composed, Regularizer, check_together
 from .run import Run
@@ -38,7 +39,7 @@ class Plan:
     metric: str
     train: Source
     validation: Source | None
-    train_size: int | None
+    train_size: Size
     subset_seed: int
     max_length: int | None
     recipe: Recipe
@@ -53,6 +54,7 @@ class Plan:
     before: "Plan | None" = None  # the stage before this one
     others: "tuple[Plan, ...]" = ()  # one for each further task that shares the backbone
     sampling_exponent: float | None = None
+    protocol: str = DEFAULT
 
     @property
     def tasks(self) -> "tuple[Plan, ...]":
@@ -76,15 +78,38 @@ class Plan:
             return self.method
         return getattr(self.method, "name", type(self.method).__name__)
 
+    @property
+    def methods(self) -> list[type[Regularizer]]:
+        """The classes of all methods."""
+        if isinstance(self.method, str):
+            return [METHODS[name] for name in self.method.split("+")]
+        return [type(part) for part in (self.method.parts if isinstance(self.method, Composed) else [self.method])]
+
+    def roles(self, seed: int) -> tuple[Roles, ...]:
+        """Who sees which examples in a training, for every task; none select where a task has none for it.
+
+        Raises:
+            ValueError: If there are too few examples for the protocol.
+        """
+        found = tuple(
+            PROTOCOLS[plan.protocol].roles(
+                Splits.of(plan.train, plan.validation, plan.objective), plan.train_size, plan.subset_seed, seed
+            )
+            for plan in self.tasks
+        )
+        return found if all(roles.select for roles in found) else tuple(roles.without_select for roles in found)
+
     def resolved(self) -> dict[str, Any]:
         """Plain values for ``config.yaml`` and ``results.json``."""
+        drawn_by = PROTOCOLS[self.protocol].drawn_by
         return {
             "model": shown_name(self.model),
             "revision": self.revision,
             "task": self.title,
             "objective": "+".join(plan.objective for plan in self.tasks),
+            "protocol": self.protocol,
             "train_size": self.train_size,
-            "subset_seed": self.subset_seed,
+            "subset_seed": self.subset_seed if drawn_by == "subset_seed" else drawn_by,
             "max_length": self.max_length,
             **asdict(self.recipe),
             "method": self.method_name,
@@ -127,7 +152,7 @@ class Plan:
         if isinstance(self.method, Regularizer):
             return self.method
         parts = []
-        for name in sorted(self.method.split("+"), key=lambda name: METHODS[name].order):
+        for name in sorted(self.method.split("+"), key=lambda name: (METHODS[name].order, name)):
             known = METHODS[name].settings()
             parts.append(METHODS[name].for_run(run, **{k: v for k, v in self.settings.items() if k in known}))
         for given, value in (("scores", self.scores), ("mask", self.mask)):
@@ -196,6 +221,8 @@ def check_method(method: str | Regularizer, settings: Mapping[str, Any]) -> None
             close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
             hint = f", did you mean {close[0]!r}?" if close else "."
             raise ValueError(f"The method must be one of {', '.join(sorted(METHODS))}; got {name!r}{hint}")
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"Methods together must be different ones, but {method} has {twice} twice; name it once.")
     check_together(METHODS[name] for name in names)
     known = {setting: parameter for name in names for setting, parameter in METHODS[name].settings().items()}
     if unknown := sorted(set(settings) - set(known)):

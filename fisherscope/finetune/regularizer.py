@@ -9,7 +9,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 METHODS: "dict[str, type[Regularizer]]" = {}
 """The methods by name; :mod:`fisherscope.finetune.methods` fills it."""
+
+Unfit = Literal["several tasks", "regression"]
 
 SUPPLIED = ("scores", "mask", "total_steps", "seed", "factors", "anchor", "teacher")
 """Fields of a regularizer that are no settings: a run supplies them."""
@@ -48,12 +50,16 @@ class Regularizer:
     Attributes:
         name: As ``--method`` takes it; a class without one is no method.
         excludes: Names of methods that it cannot be combined with, and why: the end of a sentence.
-        order: Methods named together are prepared and applied from the lowest to the highest, whatever the order of
-            their names; those applied last change a step first.
+        unfit: What it cannot be trained on, and why, likewise.
+        order: Methods together are prepared and applied from the lowest to the highest, and by name among equals,
+            whatever the order of their names; those applied last change a step first. Below 0 are methods that draw
+            values anew (-3), that choose what is trained (-2) and how fast (-1), above it those that need to see what
+            the others did.
     """
 
     name: ClassVar[str]
     excludes: ClassVar[Mapping[str, str]] = {}
+    unfit: ClassVar[Mapping[Unfit, str]] = {}
     order: ClassVar[int] = 0
 
     def __init_subclass__(cls) -> None:
@@ -146,9 +152,25 @@ def check_together(methods: "Iterable[type[Regularizer]]") -> None:
         ValueError: If one excludes another one.
     """
     named = {method.name: method for method in methods if hasattr(method, "name")}
-    for name, method in named.items():
+    for name, method in sorted(named.items()):  # so that the order of the names changes nothing
         if other := next((other for other in method.excludes if other in named), None):
             raise ValueError(f"{name} cannot be combined with {other}: {method.excludes[other]}; take one of them.")
+
+
+def check_fit(methods: "Iterable[type[Regularizer]]", objectives: Sequence[str]) -> None:
+    """Refuse methods that cannot be trained on tasks.
+
+    Args:
+        methods: Of one training.
+        objectives: Of its tasks.
+
+    Raises:
+        ValueError: If one is unfit.
+    """
+    asked: dict[Unfit, bool] = {"several tasks": len(objectives) > 1, "regression": "regression" in objectives}
+    for method in methods:
+        if what := next((what for what, is_asked in asked.items() if is_asked and what in method.unfit), None):
+            raise ValueError(f"{method.name} is not for {what}: {method.unfit[what]}; take another method.")
 
 
 @contextmanager
@@ -158,10 +180,10 @@ def _nothing() -> Iterator[Applied]:
 
 @dataclass(frozen=True)
 class Composed(Regularizer):
-    """Several regularizers at once, applied in their order.
+    """Several regularizers at once, applied from the lowest ``order`` to the highest.
 
     Attributes:
-        parts: The regularizers.
+        parts: The regularizers; those of one ``order`` are applied as they stand.
 
     Raises:
         ValueError: If one excludes another one.
@@ -186,8 +208,9 @@ class Composed(Regularizer):
     @contextmanager
     def applied_to(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Applied]:
         """Apply all parts."""
+        parts = sorted(self.parts, key=lambda part: part.order)
         with ExitStack() as stack:
-            yield _AllApplied([stack.enter_context(part.applied_to(model, optimizer)) for part in self.parts])
+            yield _AllApplied([stack.enter_context(part.applied_to(model, optimizer)) for part in parts])
 
     def penalty(self, model: nn.Module, batch: "Batch", predictions: "Predictions") -> Tensor | None:
         """The sum of the parts' terms."""

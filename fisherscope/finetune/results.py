@@ -1,6 +1,7 @@
 """What fine-tuning came to: one value for a task, a method and its seeds."""
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,11 @@ from .. import storage
 
 FORMAT = "fisherscope.results"
 
-Which = Literal["last", "best"]
+Which = Literal["last", "selected", "best"]
+"""Which evaluation of a training counts; :meth:`SeedResult.value` says what they are."""
+
+SELECT = "select_"
+"""Before the name of a metric: on the examples that choose the epoch."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +26,17 @@ class SeedResult:
     Attributes:
         seed: Of head, data order and dropout.
         status: ``"finished"``, or ``"diverged"`` if the loss or a weight was not finite at the end.
-        evaluations: One for every epoch: ``step``, ``epoch``, ``loss`` and the metrics, on the validation examples.
+        evaluations: One for every epoch (or as often as the protocol says): ``step``, ``epoch``, ``loss`` and all
+            metrics on the report examples; ``select_loss``, … on the select examples, where there are any.
         losses: Training loss in nats (squared units for regression) of every logged step: ``step``, ``loss``.
         constant: Whether all predictions of the last evaluation are the same: the training failed.
         seconds_per_step: Median time of an optimizer step.
         peak_memory: Bytes: of the GPU's memory in this training, or on a CPU of the process so far.
         optimizer_state: Bytes that the optimizer holds at the end.
         forgetting: Loss of pretraining ``before`` and ``after``, where it was measured.
+        baselines: Metrics on the report examples of what knows only how often each class (or the mean label) is among
+            the training examples, as :func:`fisherscope.finetune.protocol.baselines` computes them;
+            ``label_entropy`` is the training loss of that, where the logged loss is nothing but cross-entropy.
     """
 
     seed: int
@@ -39,19 +48,53 @@ class SeedResult:
     peak_memory: int
     optimizer_state: int
     forgetting: Mapping[str, float] | None = None
+    baselines: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def has_select(self) -> bool:
+        """Whether there are select examples, which choose the epoch."""
+        return bool(self.evaluations) and f"{SELECT}loss" in self.evaluations[0]
 
     def value(self, metric: str, which: Which = "last") -> float:
-        """A metric on the validation examples: after the last epoch, or of the epoch where it was best.
+        """A metric on the report examples.
 
-        The best one is chosen on the examples it is measured on, so it is too good by the luck of the choice.
+        Args:
+            metric: Its name.
+            which: ``"last"``: after the last epoch. ``"selected"``: of the epoch where the metric is best on the select
+                examples (where their loss is lowest, if the metric is not measured there), the earliest of equals.
+                ``"best"``: of the epoch where it is best on the report examples themselves, which is too good by the
+                luck of the choice.
 
         Raises:
             KeyError: If there is no such metric.
+            ValueError: If there are no select examples to choose by.
         """
-        values = [row[metric] for row in self.evaluations]
         if which == "last":
-            return values[-1]
-        return min(values) if metric == "loss" else max(values)
+            return self.evaluations[-1][metric]
+        if which == "best":
+            return self.evaluations[self._best(metric)][metric]
+        if not self.has_select:
+            raise ValueError(
+                "The selected epoch needs select examples, but this training left none; take the last epoch, or a "
+                "protocol or train_size that leaves some."
+            )
+        name = f"{SELECT}{metric}"
+        return self.evaluations[self._best(name if name in self.evaluations[0] else f"{SELECT}loss")][metric]
+
+    def _best(self, metric: str) -> int:
+        """The evaluation with the best value, the first of equals; what is not a number is worse than all else."""
+        sign = -1 if metric.rpartition(".")[2].removeprefix(SELECT) == "loss" else 1
+        worths = [sign * row[metric] for row in self.evaluations]
+        return max(range(len(worths)), key=lambda i: -math.inf if math.isnan(worths[i]) else worths[i])
+
+    def _last_epoch_loss(self) -> float | None:
+        """The mean training loss that was logged in the last epoch; None if nothing says where that began."""
+        if not self.evaluations:
+            return None
+        last = self.evaluations[-1]
+        begin = last["step"] - last["step"] / last["epoch"]
+        losses = [row["loss"] for row in self.losses if row["step"] > begin]
+        return statistics.fmean(losses) if losses else None
 
 
 @dataclass(frozen=True)
@@ -62,9 +105,10 @@ class Results:
         task: Name of the task or of the data.
         method: Name of the method, ``"A+B"`` for several at once.
         metric: The main one.
-        settings: Of training and method, resolved.
+        settings: Of training and method, resolved; ``protocol`` and ``train_size`` say who saw which examples.
         runs: One for every seed.
-        fingerprints: Of the examples for training and for validation, and of the pretrained weights.
+        fingerprints: Of the pretrained weights (``backbone``), and where no seed draws them of the ``train`` and the
+            report examples (``validation``).
         provenance: Versions, command and time.
     """
 
@@ -76,35 +120,76 @@ class Results:
     fingerprints: Mapping[str, str | None] = field(default_factory=dict)
     provenance: storage.Provenance = field(default_factory=dict)
 
+    @property
+    def has_select(self) -> bool:
+        """Whether all trainings have select examples."""
+        measured = [run for run in self.runs if run.evaluations]
+        return bool(measured) and all(run.has_select for run in measured)
+
+    @property
+    def baselines(self) -> dict[str, float]:
+        """The mean over the trainings of :attr:`SeedResult.baselines`; empty if they were not measured."""
+        known = [run.baselines for run in self.runs if run.baselines]
+        names = [name for name in (known or [{}])[0] if all(name in one for one in known)]
+        return {name: statistics.fmean(one[name] for one in known) for name in names}
+
     def values(self, metric: str | None = None, which: Which = "last") -> dict[int, float]:
         """The main or another metric by seed."""
         return {run.seed: run.value(metric or self.metric, which) for run in self.runs if run.evaluations}
 
+    def failure(self, run: SeedResult) -> str | None:
+        r"""Why a training counts as failed, in words; None if it does not.
+
+        It failed if it diverged, if it predicts the same for all examples, if its main metric after the last epoch is
+        no better than that of the majority class or the mean label (Dodge et al. 2020, arXiv 2002.06305, section 3;
+        Mosbach et al. 2021, arXiv 2006.04884), or if its training loss in the last epoch is within 1 % of the entropy
+        of the labels, :math:`-\sum_c p_c \log p_c` (ours). A correlation with constant predictions counts as 0.
+        """
+        reasons = []
+        if run.status != "finished":
+            reasons.append(run.status)
+        if run.constant:
+            reasons.append("one prediction for all")
+        least = run.baselines.get(self.metric)
+        if run.evaluations and least is not None and not run.value(self.metric) > least:
+            reasons.append(f"{self.metric} no better than the {least:.4f} of the labels alone")
+        entropy, loss = run.baselines.get("label_entropy"), run._last_epoch_loss()
+        if entropy is not None and loss is not None and abs(loss - entropy) <= 0.01 * entropy:
+            reasons.append(f"training loss still {loss:.4f}, where the labels alone give {entropy:.4f}")
+        return ", ".join(reasons) or None
+
     def table(self) -> list[dict[str, Any]]:
-        """A row for every seed: the metrics after the last epoch, the main one at its best, and what it cost."""
+        """A row for every seed: the metrics after the last epoch, the main one as it was chosen, and what it cost."""
+        which = self._chosen
         return [
             {
                 "seed": str(run.seed),
                 "status": run.status,
                 **{name: value for name, value in (run.evaluations or [{}])[-1].items() if name != "step"},
-                f"best_{self.metric}": run.value(self.metric, "best") if run.evaluations else None,
+                f"{which}_{self.metric}": run.value(self.metric, which) if run.evaluations else None,
                 "seconds_per_step": run.seconds_per_step,
                 "optimizer_state": run.optimizer_state,
             }
             for run in self.runs
         ]
 
+    @property
+    def _chosen(self) -> Which:
+        """What is shown beside the last epoch."""
+        return "selected" if self.has_select else "best"
+
     def __str__(self) -> str:
         """A line for every seed, and the mean."""
-        lines = [f"{self.method} on {self.task}, {self.metric} on the validation examples: last (best epoch)"]
+        which = self._chosen
+        lines = [f"{self.method} on {self.task}, {self.metric} on the report examples: last ({which} epoch)"]
         for run in self.runs:
             if not run.evaluations:
                 lines.append(f"  seed {run.seed}: not measured, as there are no validation examples")
                 continue
-            notes = [run.status] * (run.status != "finished") + ["one prediction for all"] * run.constant
-            last, best = run.value(self.metric), run.value(self.metric, "best")
-            remark = f"  ({', '.join(notes)})" if notes else ""
-            lines.append(f"  seed {run.seed}: {last:.4f} ({best:.4f}){remark}")
+            failure = self.failure(run)
+            last, chosen = run.value(self.metric), run.value(self.metric, which)
+            remark = f"  (failed: {failure})" if failure else ""
+            lines.append(f"  seed {run.seed}: {last:.4f} ({chosen:.4f}){remark}")
         values = list(self.values().values())
         if len(values) > 1:
             lines.append(f"  mean {statistics.mean(values):.4f} ± {statistics.stdev(values):.4f} (std, ddof 1)")
@@ -132,7 +217,7 @@ class Results:
             raise FileNotFoundError(f"There is no file {path}.")
         try:
             contents = dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise storage.WrongFile(f"{path} is not JSON or was cut short; make it again.") from error
         storage.check_header(path, FORMAT, contents.pop("format", None), contents.pop("format_version", None))
         try:

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from .. import distributed, storage
 from .._typing import Bool, Float
 from ..data.corruption import IGNORED
-from ..models import device_of, infer_objective
+from ..models import device_of, infer_objective, trained_model
 from ..objectives import Batch, Predictions, predict
 from .regularizer import Applied, Regularizer
 
@@ -59,11 +59,11 @@ def symmetric_divergence(a: Predictions, b: Predictions) -> Float[Tensor, "examp
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without the wrapper for several ranks.
+    """The model that trains, with the heads of all tasks and without the wrapper for several ranks.
 
     Gradients of all passes are added up before ranks exchange them, so only the first pass needs the wrapper.
     """
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    return trained_model(model.module if isinstance(model, DistributedDataParallel) else model)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from ..data.pairs import next_sentence_pairs, sentences_of
 from ..models import has_next_sentence_head, saved_objective
 from ..objectives import Batch, Predictions
 from .plan import Plan, data_of
+from .protocol import DEFAULT
 from .recipe import Recipe
 from .regularizer import Applied, Regularizer
 
@@ -94,7 +95,7 @@ def with_stages(
     """
     bare = replace(
         plan, recipe=recipe, method="vanilla", settings={}, scores=None, mask=None, forgetting=None, train_size=None,
-        validation=None,
+        validation=None, protocol=DEFAULT,
     )  # fmt: skip
     if pretrain_steps is not None and pretrain_text is None:
         raise ValueError("pretrain_steps goes with pretrain_text only; leave it out.")

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from .callback import RegularizerCallback
 from .evaluation import Evaluation
 from .multitask import InOrder, SharedBackbone
 from .plan import Plan
+from .protocol import PROTOCOLS
 from .recipe import Recipe
 from .regularizer import Regularizer
 
@@ -48,7 +50,7 @@ def make_trainer(
         folder: For checkpoints.
         model: The model.
         train: Examples.
-        evaluate: What is done after every epoch; None is nothing.
+        evaluate: What is done after every epoch, or as often as the protocol says; None is nothing.
         regularizer: To apply.
         keep: Whether to save checkpoints.
         shown: Whether to show a progress bar.
@@ -82,7 +84,8 @@ def make_trainer(
         ddp_find_unused_parameters=True if distributed.world_size() > 1 else None,
     )
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs are for several ranks
-    watch = Watch(model, evaluate, an_epoch, keep, shown)
+    due = evaluation_steps(total, an_epoch, PROTOCOLS[plan.protocol].evaluations)
+    watch = Watch(model, evaluate, due, keep, shown)
     trainer = (_OurTrainer if tasks is None else _MultiTaskTrainer)(
         model,
         arguments,
@@ -97,6 +100,13 @@ def make_trainer(
     for quiet in [c for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback"]:
         trainer.remove_callback(quiet)
     return trainer, watch
+
+
+def evaluation_steps(total: int, steps_per_epoch: int, evaluations: int | None) -> frozenset[int]:
+    """After which steps of so many a training is measured: the last of every epoch, or so many times evenly."""
+    if evaluations is None:
+        return frozenset([*range(steps_per_epoch, total, steps_per_epoch), total])
+    return frozenset(-(-total * number // evaluations) for number in range(1, evaluations + 1))
 
 
 def order_seed(seed: int) -> int:
@@ -165,7 +175,7 @@ class _MultiTaskTrainer(_OurTrainer):
 
 
 class Watch(TrainerCallback):
-    """Measures after every epoch, times the steps, shows how far it is, and saves now and then."""
+    """Measures after the steps where it is due, times the steps, shows how far it is, and saves now and then."""
 
     trainer: Trainer
 
@@ -173,12 +183,12 @@ class Watch(TrainerCallback):
         self,
         model: nn.Module,
         evaluate: Evaluation | None,
-        steps_per_epoch: int,
+        due: Container[int],
         keep: bool,
         shown: bool,
     ) -> None:
         self.model, self.evaluate = model, evaluate
-        self.steps_per_epoch, self.keep, self.shown = steps_per_epoch, keep, shown
+        self.due, self.keep, self.shown = due, keep, shown
         self.seconds: list[float] = []
         self.rows: list[dict[str, Any]] = []  # of the last evaluation
         self._began, self._saved = 0.0, time.monotonic()
@@ -208,7 +218,7 @@ class Watch(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._began)
         self._bar.update()
         last = state.global_step == state.max_steps
-        if self.evaluate is not None and (state.global_step % self.steps_per_epoch == 0 or last):
+        if self.evaluate is not None and state.global_step in self.due:
             self.rows, measured = self.evaluate()
             due = control.should_log
             self.trainer.log({f"eval_{name}": value for name, value in measured.items()})

@@ -24,17 +24,18 @@ from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
 from .. import distributed, storage
-from ..data import Batches, Source, load_batches
+from ..data import Batches, load_batches
 from ..data.sources import LABELLED_OBJECTIVES
 from ..masks import Mask
 from ..metrics import is_constant
 from ..models import describe, load_model, quiet_transformers, saved_classes, take_backbone
 from ..scores import FisherScores
 from .callback import RegularizerCallback, last_checkpoint
-from .evaluation import evaluated
+from .evaluation import evaluated, measured
 from .forgetting import pretraining_loss
-from .multitask import SharedBackbone, checked_tasks, with_tasks
+from .multitask import SharedBackbone, checked_tasks, together, with_tasks
 from .plan import Plan, check_method, data_of, recipe_of
+from .protocol import ALL, DEFAULT, PROTOCOLS, Positions, Roles, Size, baselines, checked_size, protocol_of, save_roles
 from .recipe import Recipe
 from .regularizer import Regularizer
 from .results import Results, SeedResult
@@ -46,6 +47,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+
+class OtherSettings(ValueError):
+    """The folder of a run was begun with other settings."""
 
 
 def finetune(
@@ -66,8 +71,9 @@ def finetune(
     mask: Mask | None = None,
     strict: bool = False,
     seeds: Sequence[int] = (0,),
-    train_size: int | None = None,
+    train_size: Size = None,
     subset_seed: int = 0,
+    protocol: str = DEFAULT,
     max_length: int | None = None,
     init: Literal["pretrained", "random"] = "pretrained",
     pretrain_text: str | Path | None = None,
@@ -82,7 +88,7 @@ def finetune(
     progress: bool = True,
     **recipe: Any,
 ) -> Results:
-    r"""Fine-tune a model with a regularizer, once for every seed, and measure it on validation examples.
+    r"""Fine-tune a model with a regularizer, once for every seed, and measure it on examples that it did not see.
 
     The loss of an optimizer step is :math:`\sum_n \ell_n / \sum_n T_n` over its examples, whatever the accumulation
     (and the number of ranks, while batches are full), with :math:`\ell_n` summed over the :math:`T_n` scored tokens
@@ -92,7 +98,7 @@ def finetune(
 
     Args:
         model: A name on the Hub, a local folder, or a built-in model.
-        task: A key of :data:`fisherscope.TASKS`: its training split is trained on, its validation split measured.
+        task: A key of :data:`fisherscope.TASKS`: its training split is trained on, its validation split reported.
         tasks: Instead of a task: several, with a shared backbone and a head for each (a pair of texts is one input).
             Every optimizer step is on one of them; an epoch has as many steps as passes over the examples of each. The
             main metric is the mean of theirs. Of a method that looks at training examples before it begins (to
@@ -100,7 +106,7 @@ def finetune(
         sampling_exponent: With ``tasks``: a task with n examples is drawn in proportion to n to this power; None means
             1, which draws every example alike; 0 draws every task alike.
         data: Instead of a task: texts as :func:`fisherscope.load_batches` takes them.
-        validation_data: With ``data``: what is measured after every epoch; None measures nothing.
+        validation_data: With ``data``: what is reported after every epoch; None measures nothing.
         objective: With ``data``: as for ``load_model``; None takes that of the checkpoint's head.
         data_dir: With ``task``: as for :func:`fisherscope.read_task`.
         text_columns: With ``data``: as for :func:`fisherscope.read_source`.
@@ -111,8 +117,12 @@ def finetune(
         mask: For a method that needs a mask.
         strict: Refuse scores and masks that were made from other weights, instead of a warning.
         seeds: Of the trainings.
-        train_size: A random subset of the training examples (of each task); the same one for all seeds.
-        subset_seed: Draws it.
+        train_size: How many of the training examples (of each task) to train on, or a fraction of them between 0 and 1;
+            None means all that the protocol has for training.
+        subset_seed: Of ``fixed-subset``: draws them and those that choose the epoch, the same ones for all seeds.
+        protocol: Who sees which examples: ``fixed-subset``, where one random subset trains in all seeds, as many of the
+            others choose the epoch, and the validation examples are reported; ``somayajula2024``, ``sharma2024``,
+            ``dps2022`` or ``zhang2020`` as published (:mod:`fisherscope.finetune.protocol`).
         max_length: Tokens per example; None means 128, or fewer if the model takes fewer.
         init: ``"random"`` begins with random weights, of the same architecture, drawn by the seed.
         pretrain_text: Texts, as ``load_batches`` takes them, on which the checkpoint's own masked language modelling
@@ -124,7 +134,7 @@ def finetune(
             is not kept.
         measure_forgetting: Texts on which the loss of the checkpoint's own head is measured before and after, as
             ``load_batches`` takes them.
-        out: Folder of the run: ``config.yaml``, ``run.json``, ``results.json``, ``predictions.jsonl``.
+        out: Folder of the run: ``config.yaml``, ``run.json``, ``results.json``, ``predictions.jsonl``, ``splits.json``.
         resume: Go on with what an earlier call left in the folder, to the same result.
         save_model: Also save every trained model there as a plain Hugging Face folder; with ``tasks`` a folder for
             each, and the models that stages came to.
@@ -148,7 +158,10 @@ def finetune(
         raise ValueError("Random weights have nothing to forget; leave out measure_forgetting, or init.")
     if save_model and out is None:
         raise ValueError("save_model needs out, the folder to save in.")
+    protocol_of(protocol, subset_seed)
     chosen = checked_tasks(task, tasks, sampling_exponent, data)
+    if intermediate_task is not None and intermediate_task in chosen:
+        raise ValueError(f"{intermediate_task} cannot come before itself; take another intermediate_task.")
     source = (validation_data, objective, data_dir, text_columns, label_column)
     first, *others = [data_of(str(model), revision, name, data, *source) for name in chosen]
     plan = Plan(
@@ -156,8 +169,9 @@ def finetune(
         revision,
         device,
         **first,
-        train_size=train_size,
+        train_size=checked_size(train_size),
         subset_seed=subset_seed,
+        protocol=protocol,
         max_length=max_length,
         recipe=recipe_of(method, settings or {}, Recipe(**recipe)),
         method=method,
@@ -195,7 +209,7 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> Exception | 
     if config.exists():
         before = yaml.safe_load(config.read_text(encoding="utf-8"))
         if found := storage.difference(before, settings):
-            return ValueError(
+            return OtherSettings(
                 f"{folder} was begun with another setting: {found}; give the same ones, or another folder."
             )
         return None
@@ -206,7 +220,8 @@ def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> Exception | 
 
 def _leave(folder: Path) -> None:
     """Take the settings away again if nothing was done under them, so that other ones can be tried."""
-    others = [file for file in folder.iterdir() if file.name != "config.yaml" and not file.name.startswith("seed-")]
+    ours = ("config.yaml", "splits.json")
+    others = [file for file in folder.iterdir() if file.name not in ours and not file.name.startswith("seed-")]
     begun = ("checkpoint-*", "*/checkpoint-*", "*/model")
     if not others and not any(file for pattern in begun for file in folder.glob(f"seed-*/{pattern}")):
         shutil.rmtree(folder)
@@ -229,9 +244,14 @@ def _run_all(plan: Plan, seeds: Sequence[int], folder: Path | None, save_model: 
                 shutil.rmtree(folder / f"seed-{seed}", ignore_errors=True)
             continue
         logger.info("%s on %s, seed %d.", plan.method_name, plan.title, seed)
+        roles = plan.roles(seed)
+        if folder is not None and distributed.is_first():
+            key = seed if PROTOCOLS[plan.protocol].drawn_by == "run" else ALL
+            by_task = {part.name: of_task for part, of_task in zip(plan.tasks, roles, strict=True)}
+            save_roles(folder / "splits.json", plan.protocol, key, by_task)
         with TemporaryDirectory() if folder is None else contextlib.nullcontext(folder) as place:
             result, fingerprints, predictions = _train(
-                plan, seed, Path(place), folder is not None, save_model, progress
+                plan, seed, roles, Path(place), folder is not None, save_model, progress
             )
         facts = storage.provenance(device=_device_name(plan.device))
         results = replace(results, runs=[*results.runs, result], fingerprints=fingerprints, provenance=facts)
@@ -257,22 +277,24 @@ def _append_predictions(path: Path, seed: int, predictions: Sequence[Mapping[str
 
 
 def _train(
-    plan: Plan, seed: int, place: Path, keep: bool, save_model: bool, progress: bool
+    plan: Plan, seed: int, roles: Sequence[Roles], place: Path, keep: bool, save_model: bool, progress: bool
 ) -> tuple[SeedResult, dict[str, str | None], list[dict[str, Any]]]:
     """One training, from the checkpoint of the model to its result."""
     folder, shown = place / f"seed-{seed}", progress and distributed.is_first()
     files = _Files(folder, keep, shown)
     models, tokenizer = _models(plan, seed, files)
-    batches = [_batches(p, p.train, tokenizer, p.train_size) for p in plan.tasks]
-    measured = [_batches(p, p.validation, tokenizer, None) for p in plan.tasks if p.validation is not None]
+    tasks = list(zip(plan.tasks, roles, strict=True))
+    batches = [_batches(part, of_task.train, tokenizer) for part, of_task in tasks]
+    report = [_batches(part, of_task.report, tokenizer) for part, of_task in tasks if of_task.report]
+    select = [_batches(part, of_task.select, tokenizer) for part, of_task in tasks if of_task.select]
     model, train = models[0], batches[0]
     weights = describe(model)["backbone_fingerprint"]
     shared = SharedBackbone(plan.tasks, models, batches, plan.sampling_exponent or 0.0) if plan.others else None
     if shared is None:
-        evaluate = partial(evaluated, model, measured[0], plan.objective) if measured else None
+        evaluate = partial(measured, lambda found: evaluated(model, found[0], plan.objective), report, select)
         total = plan.recipe.total_steps(train.num_examples)
     else:
-        evaluate = partial(shared.evaluate, measured)
+        evaluate = partial(measured, shared.evaluate, report, select)
         total = plan.recipe.steps_of(shared.steps_per_epoch)
     before = None if plan.forgetting is None else pretraining_loss(plan.model, plan.forgetting, revision=plan.revision)
     facts = {**asdict(plan.recipe), "max_grad_norm": Recipe.MAX_GRAD_NORM}
@@ -285,7 +307,10 @@ def _train(
         raise ValueError(
             f"What {plan.method_name} trains has no place in a plain Hugging Face folder; leave out --save-model."
         )
-    trainer, watch = make_trainer(plan, seed, folder, model, train, evaluate, regularizer, keep, shown, shared)
+    trainer, watch = make_trainer(
+        plan, seed, folder, model, train, evaluate if report else None, regularizer, keep, shown, shared
+    )
+    known = _baselines(plan, roles, models, plain=not regularizer.has_penalty)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     _fit(trainer, seed, folder)
@@ -296,18 +321,44 @@ def _train(
     if plan.forgetting is not None and before is not None:
         after = pretraining_loss(plan.model, plan.forgetting, revision=plan.revision, trained=model)
         forgetting = {"before": before, "after": after}
-    fingerprints = {
-        "train": _together(batches),
-        "validation": _together(measured),
-        "backbone": weights,
-    }
-    return _result(seed, trainer, watch, memory, forgetting), fingerprints, watch.rows
+    fingerprints: dict[str, str | None] = {"backbone": weights}
+    if PROTOCOLS[plan.protocol].drawn_by != "run":
+        fingerprints = {
+            "train": _together([part.fingerprint for part in batches]),
+            "validation": _together([part.fingerprint for part in report]),
+        } | fingerprints
+    return _result(seed, trainer, watch, memory, forgetting, known), fingerprints, watch.rows
 
 
-def _together(batches: Sequence[Batches]) -> str | None:
-    """The fingerprint of the examples of all tasks."""
-    found = [part.fingerprint for part in batches]
-    return storage.digest(*found) if len(found) > 1 else next(iter(found), None)
+def _baselines(
+    plan: Plan, roles: Sequence[Roles], models: "Sequence[PreTrainedModel]", plain: bool
+) -> dict[str, float]:
+    """What the labels alone come to; nothing where there are none, or nothing is measured.
+
+    Args:
+        plan: Of the run.
+        roles: Of every task.
+        models: Likewise.
+        plain: Whether the logged loss is that of the task and nothing else.
+    """
+    found = {}
+    for part, of_task, model in zip(plan.tasks, roles, models, strict=True):
+        if part.objective not in LABELLED_OBJECTIVES or not of_task.report:
+            return {}
+        classes: Any = model.config.num_labels if part.objective == "classification" else None
+        train, report = (_labels(part, positions) for positions in (of_task.train, of_task.report))
+        found[part.name] = baselines(train, report, classes, label_entropy=plain and not plan.others)
+    return together(plan.tasks, found) if plan.others else found[plan.name]
+
+
+def _labels(plan: Plan, positions: Positions) -> np.ndarray:
+    sources = {"train": plan.train, "validation": plan.validation}
+    return np.concatenate([np.asarray(sources[split].labels)[chosen] for split, chosen in positions.items()])  # pyright: ignore
+
+
+def _together(fingerprints: Sequence[str]) -> str | None:
+    """One fingerprint for several; None for none."""
+    return storage.digest(*fingerprints) if len(fingerprints) > 1 else next(iter(fingerprints), None)
 
 
 def _fit(trainer: Trainer, seed: int, folder: Path) -> None:
@@ -347,7 +398,7 @@ def _fine_tuned(plan: Plan, seed: int, name: str, files: _Files) -> "PreTrainedM
     if plan.stage == ADAPT_MLM:
         train = adaptation_batches(plan, seed, tokenizer)
     else:
-        train = _batches(plan, plan.train, tokenizer, plan.train_size)
+        train = _batches(plan, plan.roles(seed)[0].train, tokenizer)
     regularizer = plan.method if pairs and isinstance(plan.method, Regularizer) else Regularizer()
     logger.info("%s on %s first, seed %d.", name, plan.name, seed)
     trainer, _ = make_trainer(plan, seed, folder, model, train, None, regularizer, files.keep, files.shown)
@@ -421,19 +472,40 @@ def _loaded(plan: Plan, seed: int) -> "tuple[PreTrainedModel, PreTrainedTokenize
     return model, tokenizer
 
 
-def _batches(plan: Plan, source: Source, tokenizer: "PreTrainedTokenizerBase", size: int | None) -> Batches:
-    return load_batches(
-        source,
-        tokenizer,
-        objective=plan.objective,
-        num_examples=size,
-        batch_size=plan.recipe.batch_size,
-        max_length=plan.max_length,
-        seed=plan.subset_seed,
+def _batches(plan: Plan, positions: Positions, tokenizer: "PreTrainedTokenizerBase") -> Batches:
+    """The examples at some places in the splits, those of the training split first."""
+    sources = {"train": plan.train, "validation": plan.validation}
+    parts = [
+        load_batches(
+            source,
+            tokenizer,
+            objective=plan.objective,
+            positions=positions[split],
+            batch_size=plan.recipe.batch_size,
+            max_length=plan.max_length,
+            seed=plan.subset_seed,
+        )
+        for split, source in sources.items()
+        if source is not None and positions.get(split)
+    ]
+    examples = [example for part in parts for example in part.examples]
+    return replace(
+        parts[0],
+        examples=examples,
+        source="+".join(part.source for part in parts),
+        source_fingerprint=_together([part.source_fingerprint for part in parts]) or "",
+        settings=parts[0].settings | {"num_examples": len(examples)},
     )
 
 
-def _result(seed: int, trainer: Trainer, watch: Watch, memory: int, forgetting: dict[str, float] | None) -> SeedResult:
+def _result(
+    seed: int,
+    trainer: Trainer,
+    watch: Watch,
+    memory: int,
+    forgetting: dict[str, float] | None,
+    known: dict[str, float],
+) -> SeedResult:
     history = trainer.state.log_history
     evaluations = [
         {"step": row["step"], "epoch": row["epoch"], **{k.removeprefix("eval_"): v for k, v in row.items() if "_" in k}}
@@ -458,6 +530,7 @@ def _result(seed: int, trainer: Trainer, watch: Watch, memory: int, forgetting: 
         memory,
         sum(t.numel() * t.element_size() for t in tensors),
         forgetting,
+        known,
     )
 
 

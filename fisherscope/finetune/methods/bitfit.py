@@ -21,6 +21,7 @@ class BitFit(Regularizer):
     """
 
     name: ClassVar[str] = "bitfit"
+    order: ClassVar[int] = -2
 
     @contextmanager
     def applied_to(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Applied]:

@@ -38,6 +38,7 @@ class FishMask(Regularizer):
     """
 
     name: ClassVar[str] = "fish-mask"
+    order: ClassVar[int] = -2
 
     scores: FisherScores
     keep: float = 0.005

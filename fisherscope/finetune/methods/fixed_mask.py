@@ -37,6 +37,7 @@ class SubnetworkUpdate(Regularizer):
     """
 
     name: ClassVar[str] = "fixed-mask"
+    order: ClassVar[int] = -2
 
     mask: Mask
 

@@ -23,6 +23,7 @@ class LinearProbe(Regularizer):
     """
 
     name: ClassVar[str] = "linear-probe"
+    order: ClassVar[int] = -2
     excludes: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("weight-decay-pretrained", "l2-sp", "recadam", "mixout", "layerwise-lr-decay", "gradual-unfreezing"), _FROZEN
     )

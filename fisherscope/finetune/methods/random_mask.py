@@ -32,6 +32,7 @@ class RandomMask(Regularizer):
     """
 
     name: ClassVar[str] = "random-mask"
+    order: ClassVar[int] = -2
 
     fraction: float = 0.5
     seed: int = 0

@@ -47,7 +47,7 @@ class ReInit(Regularizer):
     """
 
     name: ClassVar[str] = "re-init"
-    order: ClassVar[int] = -1
+    order: ClassVar[int] = -3
     excludes: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("linear-probe", "bitfit", "lora", "prefix-tuning", "prompt-tuning"), _FROZEN
     )

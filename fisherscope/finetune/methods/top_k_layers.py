@@ -35,6 +35,7 @@ class TopKLayers(Regularizer):
     """
 
     name: ClassVar[str] = "top-k-layers"
+    order: ClassVar[int] = -2
 
     layers: int
 

@@ -60,6 +60,7 @@ class WeightsMixup(Regularizer):
     """
 
     name: ClassVar[str] = "weights-mixup"
+    order: ClassVar[int] = 1
 
     factors: Mapping[str, Factors]
     anchor: Mapping[str, Tensor]

@@ -1,0 +1,561 @@
+"""Runs of fine-tuning as boxes over seeds, lines over training sizes, mean ranks, learning curves and costs."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import stats
+
+from .._typing import Bool, Float
+from ._prepare import LOSS_LABELS, as_sequence
+
+if TYPE_CHECKING:
+    from ..finetune.arms import Arm, Group
+    from ..finetune.comparison import Comparison, Row
+    from ..finetune.results import SeedResult, Which
+
+CONFIDENCE = 0.95
+LEVEL = 0.05
+"""Of the critical difference."""
+
+METRIC_LABELS = {
+    "accuracy": "accuracy (share of examples)",
+    "f1": "F1",
+    "matthews": "Matthews correlation",
+    "pearson": "Pearson correlation",
+    "spearman": "Spearman correlation",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class BoxRow:
+    """The trainings of one arm.
+
+    Attributes:
+        values: Those that have a number, by rising seed.
+        seeds: Of the values.
+        failed: Which of the values are of trainings that failed.
+        failures: How many failed, those without a number too.
+        runs: All trainings.
+        quartiles: Of the values, numpy's percentiles 25, 50 and 75; NaN without values.
+        whiskers: The lowest and highest value no farther from the box than 1.5 times its length.
+    """
+
+    values: Float[np.ndarray, "runs"]
+    seeds: tuple[int, ...]
+    failed: Bool[np.ndarray, "runs"]
+    failures: int
+    runs: int
+    quartiles: tuple[float, float, float]
+    whiskers: tuple[float, float]
+
+
+@dataclass(frozen=True, eq=False)
+class BoxPanel:
+    """One task: a row for every arm of the figure, None where it was not run, and the median of the reference."""
+
+    title: str
+    label: str
+    rows: tuple[BoxRow | None, ...]
+    reference: float
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes:
+    """Tasks side by side, with the same arms in the same rows, the reference first."""
+
+    names: tuple[str, ...]
+    panels: tuple[BoxPanel, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SizeLine:
+    """Means of one arm by training size, and the ends of their intervals, NaN where there is one number only."""
+
+    name: str
+    x: Float[np.ndarray, "sizes"]
+    mean: Float[np.ndarray, "sizes"]
+    low: Float[np.ndarray, "sizes"]
+    high: Float[np.ndarray, "sizes"]
+
+
+@dataclass(frozen=True, eq=False)
+class SizePanel:
+    """One task of one model."""
+
+    title: str
+    label: str
+    lines: tuple[SizeLine, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes:
+    """Tasks by training size; names are those of all lines, the reference first."""
+
+    names: tuple[str, ...]
+    panels: tuple[SizePanel, ...]
+    ticks: tuple[float, ...]
+    x_label: str
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """Mean ranks, the best first.
+
+    Attributes:
+        names: Of the arms.
+        means: Of their ranks; 1 is best.
+        critical: The difference of mean ranks that is significant.
+        alike: First and last position of every group of arms that do not differ, none inside another.
+        notes: What must be said below the figure.
+    """
+
+    names: tuple[str, ...]
+    means: Float[np.ndarray, "arms"]
+    critical: float
+    alike: tuple[tuple[int, int], ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Course:
+    """One quantity of one arm over the epochs.
+
+    Attributes:
+        x: Epochs.
+        seeds: A row for every training; NaN where it has no finite number.
+        failed: Which of them failed.
+        mean: Over the trainings; NaN where one of them has no number.
+    """
+
+    x: Float[np.ndarray, "moments"]
+    seeds: Float[np.ndarray, "runs moments"]
+    failed: Bool[np.ndarray, "runs"]
+    mean: Float[np.ndarray, "moments"]
+
+
+@dataclass(frozen=True, eq=False)
+class Learning:
+    """One task: for every arm, the reference first, the training loss and a metric.
+
+    Attributes:
+        title: Of the task.
+        names: Of the arms.
+        losses: One for each.
+        metrics: One for each.
+        labels: Of the two quantities.
+        levels: What the labels alone give of the two; None where it is not known.
+    """
+
+    title: str
+    names: tuple[str, ...]
+    losses: tuple[Course, ...]
+    metrics: tuple[Course, ...]
+    labels: tuple[str, str]
+    levels: tuple[float | None, float | None]
+
+
+@dataclass(frozen=True, eq=False)
+class LearningCurves:
+    """Tasks below each other, and what must be said of them."""
+
+    tasks: tuple[Learning, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class CostPanel:
+    """One task: seconds of a step by the reference's, and gibibytes; NaN where there is no number."""
+
+    title: str
+    names: tuple[str, ...]
+    times: Float[np.ndarray, "arms"]
+    memory: Float[np.ndarray, "arms"]
+
+
+@dataclass(frozen=True, eq=False)
+class Costs:
+    """Tasks below each other, the reference first in each."""
+
+    panels: tuple[CostPanel, ...]
+    time_label: str
+    notes: tuple[str, ...]
+
+
+def boxes(runs: "Sequence[Arm]", reference: str, metric: str | None, which: "Which | None") -> Boxes:
+    """Every training of every arm by task, model and training size.
+
+    Raises:
+        TypeError: If something else than runs was given.
+        ValueError: If they cannot be compared.
+    """
+    comparison, groups = _compared(runs, "run_boxes", reference, metric, which)
+    names = _names(groups, reference)
+    panels = []
+    for (group, rows), title in zip(groups.items(), _titles(list(groups)), strict=True):
+        arms = {row.arm: _arm(runs, row) for row in rows}
+        shown = {name: _box_row(arm, rows[0].metric, comparison.which) for name, arm in arms.items()}
+        panels.append(
+            BoxPanel(
+                title,
+                _metric_label(rows[0].metric, arms[reference]),
+                tuple(shown.get(name) for name in names),
+                shown[reference].quartiles[1],
+            )
+        )
+    failed = any(row is not None and row.failures for panel in panels for row in panel.rows)
+    notes = [
+        "Dots: all runs, by seed; box: median and quartiles; whiskers: to the farthest run within 1.5 lengths of the "
+        f"box; dashed: median of {reference}.",
+        *(["Crosses: failed runs, in the box with all others if they have a number."] if failed else []),
+    ]
+    return Boxes(names, tuple(panels), (*notes, _epoch_note(comparison), *_common(list(groups))))
+
+
+def sizes(runs: "Sequence[Arm]", reference: str, metric: str | None, which: "Which | None") -> Sizes:
+    """Means over seeds by the number of training examples, or by their share.
+
+    Raises:
+        TypeError: If something else than runs was given.
+        ValueError: If they cannot be compared, there is one size only, or there are numbers and shares.
+    """
+    comparison, groups = _compared(runs, "run_sizes", reference, metric, which)
+    found = {group.train_size for group in groups if group.train_size is not None}
+    are_shares = {size < 1 for size in found}
+    if len(are_shares) > 1:
+        raise ValueError(
+            f"run_sizes needs training sizes of one kind, got numbers of examples and shares of all ({_listed(found)}); "
+            "draw them in separate figures."
+        )
+    notes = [
+        "Lines: mean over seeds; bars: 95 % t interval of that mean, moved sideways a little where they would cover each "
+        "other.",
+        _epoch_note(comparison),
+    ]
+    if are_shares == {True}:
+        x_of: Mapping[float | None, float] = {size: float(size or 1.0) for size in [*found, None]}
+    else:
+        x_of = {size: float(size) for size in found}
+        if any(group.train_size is None for group in groups):
+            notes.append("Without the runs on all training examples, as they do not say how many these are.")
+    by_task: dict[tuple[str, str], list[Group]] = {}
+    for group in groups:
+        if group.train_size in x_of:
+            by_task.setdefault((group.model, group.task), []).append(group)
+    if max(map(len, by_task.values()), default=0) < 2:
+        shown = ", ".join(dict.fromkeys(group.size for group in groups))
+        raise ValueError(
+            f"run_sizes needs runs of at least two training sizes of one task, got {shown}; run the others, or draw "
+            "these as boxes."
+        )
+    names = _names(groups, reference)
+    models = {model for model, _ in by_task}
+    panels = []
+    for (model, task), ones in by_task.items():
+        metrics = {groups[one][0].metric for one in ones}
+        assert len(metrics) == 1, metrics  # the main metric belongs to the task
+        rows = [row for one in ones for row in groups[one]]
+        lines = tuple(
+            _size_line(name, [row for row in rows if row.arm == name], x_of)
+            for name in names
+            if any(row.arm == name and row.summary.mean is not None for row in rows)
+        )
+        title = task if len(models) == 1 else f"{task}, {model}"
+        panels.append(SizePanel(title, _metric_label(metrics.pop(), _arm(runs, rows[0])), lines))
+    if len(models) == 1:
+        notes.append(f"Model: {models.pop()}.")
+    ticks = tuple(sorted({x_of[one.train_size] for ones in by_task.values() for one in ones}))
+    x_label = "share of the training examples" if are_shares == {True} else "training examples"
+    return Sizes(names, tuple(panels), ticks, x_label, tuple(notes))
+
+
+def ranks(runs: "Sequence[Arm]", metric: str | None, which: "Which | None") -> Ranks:
+    """Mean ranks over blocks, a block being one seed of one task, training size and model.
+
+    Raises:
+        TypeError: If something else than runs was given.
+        ValueError: If fewer than three arms have all blocks, or there are fewer than two blocks.
+    """
+    given = _arms(runs, "run_ranks")
+    blocks = sorted({block for arm in given for block in _blocks(arm)}, key=lambda block: (block[0].order, block[1]))
+    owned = {name: {b for arm in given if arm.method == name for b in _blocks(arm)} for name in _methods(given)}
+    lacking = {name: len(blocks) - len(own) for name, own in owned.items() if len(own) < len(blocks)}
+    names = [name for name in owned if name not in lacking]
+    told = ", ".join(f"{name} ({count} of {len(blocks)} missing)" for name, count in lacking.items())
+    if len(names) < 3 or len(blocks) < 2:
+        raise ValueError(
+            "run_ranks needs at least three methods that all have the same seeds on the same tasks, two or more, got "
+            f"{', '.join(names) or 'none'} with {len(blocks)}"
+            + (f", without {told}" if told else "")
+            + "; run what is missing, or leave folders out."
+        )
+    kept = [arm for arm in given if arm.method in names]
+    comparison, groups = _compared(kept, "run_ranks", names[0], metric, which)
+    worths = np.array([[_worth(kept, name, block, groups, comparison) for name in names] for block in blocks])
+    ranked = np.array([stats.rankdata(-row) for row in worths])
+    means = ranked.mean(axis=0)
+    order = np.argsort(means, kind="stable")
+    critical = critical_difference(len(names), len(blocks))
+    test = stats.friedmanchisquare(*ranked.T) if (np.ptp(ranked, axis=1) > 0).any() else None
+    p = "p = 1, as all are tied" if test is None else f"p = {test.pvalue:.2g}"
+    notes = [
+        f"Mean ranks over {len(blocks)} blocks (one seed of one task{_and_size(groups)}); 1 is best; ties share their rank.",
+        f"Friedman test that all methods rank alike: {p}. Nemenyi: critical difference {critical:.2f} at the level "
+        f"{LEVEL:g}; methods joined by a bar differ by less.",
+        "Seeds of one task are no tasks of their own: for other tasks the tests promise too much.",
+        _epoch_note(comparison),
+        *([f"Left out: {told}."] if told else []),
+        *(["A run without a number ranks last."] if not np.isfinite(worths).all() else []),
+    ]
+    return Ranks(
+        tuple(names[i] for i in order), means[order], critical, tuple(alike(means[order], critical)), tuple(notes)
+    )
+
+
+def critical_difference(methods: int, blocks: int) -> float:
+    r"""How far apart mean ranks must be to differ: :math:`q_\alpha \sqrt{k (k + 1) / (6 N)}` for k methods, N blocks.
+
+    :math:`q_\alpha` is the quantile of the studentized range for infinitely many degrees of freedom, by
+    :math:`\sqrt 2` (Nemenyi's test; Demšar 2006, JMLR 7, section 3.2.2).
+
+    Args:
+        methods: How many are ranked.
+        blocks: How often.
+    """
+    q = float(stats.studentized_range.ppf(1 - LEVEL, methods, math.inf)) / math.sqrt(2)
+    return q * math.sqrt(methods * (methods + 1) / (6 * blocks))
+
+
+def alike(means: Float[np.ndarray, "arms"], critical: float) -> list[tuple[int, int]]:
+    """First and last of every largest group of rising mean ranks that differ by less than the critical difference.
+
+    Args:
+        means: In rising order.
+        critical: The difference.
+    """
+    found: list[tuple[int, int]] = []
+    for first, mean in enumerate(means):
+        last = int((means < mean + critical).sum()) - 1
+        if last > first and (not found or last > found[-1][1]):
+            found.append((first, last))
+    return found
+
+
+def learning(runs: "Sequence[Arm]", reference: str, metric: str | None) -> LearningCurves:
+    """Training loss as it was logged, and a metric on the report examples, over the epochs.
+
+    Raises:
+        TypeError: If something else than runs was given.
+        ValueError: If they cannot be compared.
+    """
+    _, groups = _compared(runs, "learning_curves", reference, metric, "last")
+    tasks = []
+    for (group, rows), title in zip(groups.items(), _titles(list(groups)), strict=True):
+        arms = [_arm(runs, row) for row in rows]
+        shown = rows[0].metric
+        objective = str(arms[0].settings.get("objective"))
+        baselines = next((arm.baselines for arm in arms if arm.baselines), {})
+        tasks.append(
+            Learning(
+                title,
+                tuple(arm.method for arm in arms),
+                tuple(_course(arm, [_logged(run) for run in arm.runs]) for arm in arms),
+                tuple(_course(arm, [_measured(run, shown) for run in arm.runs]) for arm in arms),
+                (f"training {LOSS_LABELS.get(objective, 'loss')}", _metric_label(shown, arms[0])),
+                (baselines.get("label_entropy"), baselines.get(shown)),
+            )
+        )
+    failed = any(course.failed.any() for task in tasks for course in task.losses)
+    levels = any(level is not None for task in tasks for level in task.levels)
+    notes = [
+        "Thin: single runs; thick: their mean, which ends where one of them has no number; grey: mean of "
+        f"{reference}. Losses are shown as logged.",
+        *(["Orange: failed runs."] if failed else []),
+        *(["Dotted: what the labels of the training examples alone give."] if levels else []),
+        *_common(list(groups)),
+    ]
+    return LearningCurves(tuple(tasks), tuple(notes))
+
+
+def costs(runs: "Sequence[Arm]", reference: str) -> Costs:
+    """Time of an optimizer step, and the most memory of all trainings.
+
+    Raises:
+        TypeError: If something else than runs was given.
+        ValueError: If they cannot be compared.
+    """
+    _, groups = _compared(runs, "run_costs", reference, None, "last")
+    panels, seconds = [], []
+    for (group, rows), title in zip(groups.items(), _titles(list(groups)), strict=True):
+        panels.append(
+            CostPanel(
+                title,
+                tuple(row.arm for row in rows),
+                np.array([math.nan if row.time_ratio is None else row.time_ratio for row in rows]),
+                np.array([(row.peak_memory or math.nan) / 2**30 for row in rows]),
+            )
+        )
+        if rows[0].time is not None:
+            seconds.append(f"{rows[0].time:.3g} s on {title}")
+    devices = sorted({device for arm in runs for device in arm.devices})
+    notes = [
+        f"Time: median over runs of the median step; {reference} takes {', '.join(seconds)}."
+        if seconds
+        else "Time was not measured.",
+        "Memory: the most of all runs; on a CPU that is the memory of the whole process.",
+        *([f"Trained on {', '.join(devices)}."] if devices else []),
+        *_common(list(groups)),
+    ]
+    if any(np.isnan(panel.times).any() for panel in panels):
+        notes.insert(1, f"No bar: trained on another kind of device than {reference}, or not timed.")
+    return Costs(tuple(panels), f"seconds per step / those of {reference}", tuple(notes))
+
+
+def _arms(runs: "Sequence[Arm]", plot: str) -> "list[Arm]":
+    from ..finetune.arms import Arm  # here, as the methods take long to import
+
+    return as_sequence(runs, Arm, plot)
+
+
+def _compared(
+    runs: "Sequence[Arm]", plot: str, reference: str, metric: str | None, which: "Which | None"
+) -> "tuple[Comparison, dict[Group, list[Row]]]":
+    """What tables would show, so that figures refuse what they refuse; without means over tasks."""
+    given = _arms(runs, plot)
+    from ..finetune.comparison import compare_methods
+
+    comparison = compare_methods(given, reference=reference, metric=metric, which=which)
+    trained = {arm.group for arm in given}
+    return comparison, {group: rows for group, rows in comparison.groups.items() if group in trained}
+
+
+def _arm(runs: "Sequence[Arm]", row: "Row") -> "Arm":
+    return next(arm for arm in runs if (arm.group, arm.method) == (row.group, row.arm))
+
+
+def _methods(runs: "Sequence[Arm]") -> list[str]:
+    return list(dict.fromkeys(arm.method for arm in runs))
+
+
+def _names(groups: "Mapping[Group, Sequence[Row]]", reference: str) -> tuple[str, ...]:
+    """All arms, the reference first."""
+    return tuple(dict.fromkeys([reference, *sorted(row.arm for rows in groups.values() for row in rows)]))
+
+
+def _titles(groups: "Sequence[Group]") -> list[str]:
+    """The task, and what else the groups differ in."""
+    models, several = len({group.model for group in groups}) > 1, len({group.train_size for group in groups}) > 1
+    return [
+        ", ".join([group.task, *([group.model] if models else []), *([group.size] if several else [])])
+        for group in groups
+    ]
+
+
+def _common(groups: "Sequence[Group]") -> list[str]:
+    """What the groups have in common, as a note."""
+    models, amounts = {group.model for group in groups}, {group.size for group in groups}
+    parts = [*(models if len(models) == 1 else ()), *(amounts if len(amounts) == 1 else ())]
+    return [f"Runs of {', '.join(parts)}."] if parts else []
+
+
+def _and_size(groups: "Iterable[Group]") -> str:
+    return " and training size" if len({group.train_size for group in groups}) > 1 else ""
+
+
+def _listed(numbers: Iterable[float]) -> str:
+    return ", ".join(f"{number:g}" for number in sorted(numbers))
+
+
+def _epoch_note(comparison: "Comparison") -> str:
+    from ..finetune.tables import EPOCHS
+
+    return f"Numbers are those {EPOCHS[comparison.which]}."
+
+
+def _metric_label(metric: str, arm: "Arm") -> str:
+    from ..finetune.arms import is_loss
+
+    if is_loss(metric):
+        return LOSS_LABELS.get(str(arm.settings.get("objective")), metric)
+    return METRIC_LABELS.get(metric, metric)
+
+
+def _box_row(arm: "Arm", metric: str, which: "Which") -> BoxRow:
+    finite = {seed: value for seed, value in arm.values(metric, which).items() if math.isfinite(value)}
+    seeds, values = tuple(sorted(finite)), np.array([finite[seed] for seed in sorted(finite)], dtype=np.float64)
+    trained = {run.seed for run in arm.runs} | set(arm.crashed)
+    failures = set(arm.failures) | {run.seed for run in arm.runs if run.evaluations and run.seed not in finite}
+    failed = np.array([seed in failures for seed in seeds], dtype=bool)
+    if not seeds:
+        return BoxRow(values, seeds, failed, len(failures), len(trained), (math.nan,) * 3, (math.nan,) * 2)
+    low, middle, high = (float(value) for value in np.percentile(values, [25, 50, 75]))
+    reach = 1.5 * (high - low)
+    inside = values[(values >= low - reach) & (values <= high + reach)]
+    whiskers = (min(float(inside.min()), low), max(float(inside.max()), high))
+    return BoxRow(values, seeds, failed, len(failures), len(trained), (low, middle, high), whiskers)
+
+
+def _size_line(name: str, rows: "Sequence[Row]", x_of: Mapping[float | None, float]) -> SizeLine:
+    ordered = sorted((row for row in rows if row.summary.mean is not None), key=lambda row: x_of[row.group.train_size])
+    means = np.array([row.summary.mean for row in ordered], dtype=np.float64)
+    reach = np.array([_reach(row.summary.std, row.summary.measured) for row in ordered])
+    return SizeLine(
+        name, np.array([x_of[row.group.train_size] for row in ordered]), means, means - reach, means + reach
+    )
+
+
+def _reach(std: float | None, count: int) -> float:
+    """Half of the interval of a mean."""
+    if std is None:
+        return math.nan
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * std / math.sqrt(count)
+
+
+def _blocks(arm: "Arm") -> "set[tuple[Group, int]]":
+    return {(arm.group, seed) for seed in [*(run.seed for run in arm.runs), *arm.crashed]}
+
+
+def _worth(
+    runs: "Sequence[Arm]",
+    name: str,
+    block: "tuple[Group, int]",
+    groups: "Mapping[Group, Sequence[Row]]",
+    comparison: "Comparison",
+) -> float:
+    """How good one training is: more is better, no number worse than all numbers."""
+    from ..finetune.arms import is_loss
+
+    group, seed = block
+    metric = groups[group][0].metric
+    arm = next(arm for arm in runs if (arm.group, arm.method) == (group, name))
+    value = arm.values(metric, comparison.which).get(seed, math.nan)
+    if not math.isfinite(value):
+        return -math.inf
+    return -value if is_loss(metric) else value
+
+
+def _logged(run: "SeedResult") -> dict[float, float]:
+    """Training losses by epoch."""
+    if not run.evaluations:
+        return {}
+    last = run.evaluations[-1]
+    return {row["step"] * last["epoch"] / last["step"]: row["loss"] for row in run.losses}
+
+
+def _measured(run: "SeedResult", metric: str) -> dict[float, float]:
+    return {row["epoch"]: row[metric] for row in run.evaluations}
+
+
+def _course(arm: "Arm", by_epoch: Sequence[Mapping[float, float]]) -> Course:
+    x = sorted({epoch for one in by_epoch for epoch in one})
+    seeds = np.array([[one.get(epoch, math.nan) for epoch in x] for one in by_epoch], dtype=np.float64)
+    seeds = seeds.reshape(len(by_epoch), len(x))
+    seeds[~np.isfinite(seeds)] = math.nan
+    failed = np.array([run.seed in arm.failures for run in arm.runs], dtype=bool)
+    mean = np.array([statistics.fmean(column) for column in seeds.T], dtype=np.float64)
+    return Course(np.array(x, dtype=np.float64), seeds, failed, mean)
