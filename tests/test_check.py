@@ -52,6 +52,7 @@ def test_built_in_model(capsys: pytest.CaptureFixture[str]):
     assert "BertForMaskedLM: mlm, 3 examples, float32" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_flags_reach_the_check(words: list[str], capsys: pytest.CaptureFixture[str]):
     assert main([*words, "--num-examples", "3", "--batch-size", "1", "--dtype", "float64"]) == 0
     shown = capsys.readouterr().out

@@ -378,6 +378,7 @@ def _unpadded() -> str:
     return "\n".join(f"- {name}, {head}: {why}" for name, head, why in found)
 
 
+@pytest.mark.slow
 def test_page_is_up_to_date():
     found = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
     assert found == page(), "run 'python tests/test_coverage.py' and commit docs/coverage.md"

@@ -314,11 +314,13 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_kill_one_of_two_and_go_on_with_one(killed: Path) -> None:
     assert 6 <= batches_done(killed) < len(MANY)
     assert_same(one_by_one(checkpoint=killed), one_by_one(), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str], sharded: bool) -> None:

@@ -140,6 +140,7 @@ def test_other_seeds_draw_other_labels():
     assert any(not torch.equal(first[name], other[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_random_tokens_are_unbiased():
     made = case("bert", lengths=(8, 8))
     every = fisher(made.model, batched(made.examples, 2), unit="token")

@@ -156,6 +156,7 @@ def test_an_error_on_one_rank_ends_all(endings: tuple[Path, list[tuple[int, str]
     assert not (folder / "failed.part").exists()
 
 
+@pytest.mark.slow
 def test_ranks_with_different_settings_are_refused() -> None:
     (first, error), (second, cause) = finished(start("different_settings()", module="test_landscape_ranks"))
     assert first == second == 1
@@ -163,6 +164,7 @@ def test_ranks_with_different_settings_are_refused() -> None:
     assert "Rank 0 lost the other processes" in error
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_command_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     one, two = tmp_path / "one.h5", tmp_path / "two.h5"

@@ -298,8 +298,7 @@ def test_rescaled_layers_change_average_sharpness_but_not_the_adaptive_one():
     assert abs(a.mean - b.mean) > 0.1 * abs(a.mean)
 
 
-@pytest.mark.parametrize("mask", [None, MASK])
-@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize(("adaptive", "mask"), [(False, None), (True, MASK)])
 def test_average_sharpness_of_a_quadratic(adaptive: bool, mask: Mask | None):
     """E of sigma^2 / 2 z^T P z with independent entries of z; the slope averages out."""
     curvature, loss = bowl()

@@ -63,7 +63,7 @@ def inputs_for(name: str, size: int, length: int) -> list[dict[str, Tensor]]:
         ("bert-classifier", {}),
     ],
 )
-@pytest.mark.parametrize("size", [1, 16])
+@pytest.mark.parametrize("size", [1, pytest.param(16, marks=pytest.mark.slow)])
 def test_a_run_holds_what_was_planned(name: str, settings: dict[str, object], size: int):
     model, batches = wider(name, **settings), inputs_for(name, size, 64)
     plan = plan_memory(model, batch_size=size, length=64, objective=OBJECTIVES[name])
@@ -312,7 +312,7 @@ def assert_same(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> No
         torch.testing.assert_close(found[name], total, rtol=1e-12, atol=1e-300, msg=name)
 
 
-@pytest.mark.parametrize("room", [1, 2, 3, 5])
+@pytest.mark.parametrize("room", [1, *(pytest.param(room, marks=pytest.mark.slow) for room in (2, 3, 5))])
 def test_a_rehearsed_run_that_memory_stops_gives_the_same_sums(bert: Case, room: int, caplog: pytest.LogCaptureFixture):
     batches = batched(bert.examples, 5)
     wanted, found = empty_sums(bert), empty_sums(bert)

@@ -32,6 +32,8 @@ OUTDATED = "run 'python tests/test_method_table.py' and commit docs/methods.md"
 FAMILIES = (
     "BERT", "RoBERTa", "DistilBERT", "ELECTRA", "DeBERTa", "DeBERTa-v2", "XLNet", "BART", "GPT-2", "T5",
 )  # fmt: skip
+FAST = ("BERT", "GPT-2", "T5")
+"""Those that `make test` does; `make test-all` does every one."""
 WORKS = "✓"
 STEPS = 2
 RATE = 0.1
@@ -449,7 +451,9 @@ def written() -> dict[tuple[str, str], str]:
 
 
 @pytest.mark.parametrize("method", TABLE)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in FAMILIES]
+)
 def test_a_cell_is_what_the_page_says(family: str, method: str, tmp_path: Path):
     assert cell(method, family, tmp_path) == written().get((method, family)), OUTDATED
 

@@ -516,6 +516,7 @@ def plain_losses() -> Iterator[list[Mapping[str, float]]]:
         yield fs.finetune("builtin:bert", **COMMON).runs[0].evaluations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*NAMES, "vanilla-long"])
 def test_whole_runs(name: str, plain_losses: list[Mapping[str, float]]):
     """Through Trainer: another loss than plain fine-tuning, and a finite one."""

@@ -190,6 +190,7 @@ def test_halves_add_up_and_cost_nothing_but_memory(many: Case):
         torch.testing.assert_close(both, kept[name])
 
 
+@pytest.mark.slow
 def test_history_is_noted_at_geometric_moments_and_at_the_end(many: Case):
     scores = fisher(many, batched(many.examples, 1))
     assert scores.quarters is not None
@@ -316,7 +317,7 @@ def test_data_that_ends_before_is_warned_of(many: Case, caplog: pytest.LogCaptur
     assert said.endswith("after 24 examples, but 0.9999 was asked for; give more examples.")
 
 
-@pytest.mark.parametrize("stop", [3, 9])
+@pytest.mark.parametrize("stop", [3, pytest.param(9, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("halves", [True, False])
 def test_a_resumed_run_stops_at_the_same_place(stop: int, halves: bool, many: Case, tmp_path: Path):
     part, batches = tmp_path / "scores.h5.part", batched(many.examples, 1)
