@@ -201,6 +201,9 @@ def _head_size(config: Any, objective: str, num_labels: int | None, name: str) -
 def _resolve(name: str) -> str:
     if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
         raise FileNotFoundError(f"Cannot load the model {name!r}: there is no such folder.")
+    folder = Path(name).expanduser()
+    if not (folder / "config.json").exists() and (saved := sorted(folder.glob("model-seed-*"))):
+        raise FileNotFoundError(f"{name} is the folder of a run; give a model in it, such as {saved[0]}.")
     if not name.startswith("builtin:"):
         return str(Path(name).expanduser()) if name.startswith("~") else name
     folder = Path(str(resources.files("fisherscope.builtin"))) / name.removeprefix("builtin:")
@@ -450,7 +453,7 @@ def without_other_tasks(model: nn.Module) -> None:
     """Take the heads of other tasks out again."""
     if hasattr(model, OTHER_TASKS):
         delattr(model, OTHER_TASKS)
-    for other in [other for other, whole in _trained_in.items() if whole is model]:
+    for other in [other for other, trained in _trained_in.items() if trained is model]:
         del _trained_in[other]
 
 

@@ -18,13 +18,15 @@ from torch.optim import SGD, AdamW
 
 import fisherscope as fs
 from fisherscope import models
-from fisherscope.finetune import METHODS, Composed, adapters, finetune, plan, trainer
+from fisherscope.finetune import METHODS, Composed, adapters, finetune, plan, trainer, training
 from fisherscope.finetune.methods.bitfit import BitFit
+from fisherscope.finetune.methods.fixed_mask import new_names
 from fisherscope.finetune.methods.linear_probe import LinearProbe
 from fisherscope.finetune.methods.lora import LoRA
 from fisherscope.finetune.methods.prefix_tuning import PrefixTuning
 from fisherscope.finetune.methods.prompt_tuning import PromptTuning
 from fisherscope.finetune.methods.r_drop import RDrop
+from fisherscope.models import load_model
 from fisherscope.objectives import predict
 from fisherscope.testing import check_regularizer
 
@@ -526,6 +528,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "prefix-tuning"])
 def test_a_training_that_stopped_goes_on_bit_for_bit(name, tmp_path, monkeypatch):
     """Checkpoints hold what was added: losses and predictions are those of a training that never stopped."""
@@ -542,7 +545,7 @@ def test_a_training_that_stopped_goes_on_bit_for_bit(name, tmp_path, monkeypatch
     with monkeypatch.context() as patch, pytest.raises(Stop):
         patch.setattr(trainer.Watch, "on_step_end", stopping)
         finetune("builtin:bert", **options, out=tmp_path / "stopped")
-    assert list((tmp_path / "stopped").glob("seed-0/checkpoint-*"))
+    assert list((tmp_path / "stopped").glob("seed-0.part/checkpoint-*"))
     resumed = finetune("builtin:bert", **options, out=tmp_path / "stopped", resume=True)
     assert resumed.runs[0].losses == whole.runs[0].losses
     assert resumed.runs[0].evaluations == whole.runs[0].evaluations
@@ -584,3 +587,33 @@ def test_virtual_tokens_are_not_saved_as_a_model(name, tmp_path):
             save_model=True,
         )
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("name", ["prompt-tuning", "prefix-tuning"])
+def test_a_validation_text_without_room_for_the_tokens_is_refused_before_the_training(name, tmp_path, monkeypatch):
+    for split, text in {"train": "a short text", "validation": "a text that is by far too long " * 3}.items():
+        rows = "".join(f"{text}\t{label}\n" for label in (0, 1))
+        (tmp_path / f"{split}.tsv").write_text(f"text\tlabel\n{rows}")
+    monkeypatch.setattr(adapters, "_positions", lambda model: 16)
+    monkeypatch.setattr(training, "_fit", lambda *_: pytest.fail("it trains"))
+    with pytest.raises(ValueError, match=r"^With 4 virtual tokens a text must have at most 12 tokens, as the"):
+        finetune(
+            "builtin:bert", data=tmp_path / "train.tsv", validation_data=tmp_path / "validation.tsv",
+            objective="classification", method=name, settings=SETTINGS[name], max_steps=1, progress=False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, "linear-probe", "bitfit", "fish-mask"])
+def test_what_trains_the_new_parameters_refuses_a_model_where_all_are_new(name, tmp_path):
+    options = {**RUN, "init": "random", "settings": SETTINGS.get(name, {}), "max_steps": 1}
+    with pytest.raises(ValueError, match=r"^This method trains what a checkpoint lacks, but all weights of this "):
+        finetune("builtin:bert", **options, method=name, out=tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_random_backbone_that_got_its_values_from_a_stage_is_not_new():
+    made = load_model("builtin:bert", objective="classification", num_labels=2, init="random")[0]
+    with pytest.raises(ValueError, match=r"^This method trains what a checkpoint lacks"):
+        new_names(made)
+    models.take_backbone(made, load_model("builtin:bert", objective="classification", num_labels=3)[0])
+    assert new_names(made) == {"classifier.weight", "classifier.bias"}

@@ -7,8 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig, BertForSequenceClassification
+
+from fisherscope.finetune import METHODS
 
 ROOT = Path(__file__).parent.parent
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+"""The smallest size of the benchmark of training steps."""
 
 TWICE = """
 import sys
@@ -56,3 +62,31 @@ def test_the_landscape_benchmark_measures_points_and_what_is_kept(tmp_path: Path
     assert all(0 < row["points"] <= 81 and row["percentile95"] >= 0 for row in parts["adaptive"]["rows"].values())
     assert "loss_landscapes" in parts["peer"].get("failure", "") or parts["peer"]["oracle"]["fisherscope"]["wrong"] == 0
     assert "| fisherscope |" in (tmp_path / "out.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_finetune_benchmark_measures_a_step_of_every_method(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/finetune.py", "--size", "tiny", "--rounds", "1", "--batch-size", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--length", "16", "--out", str(tmp_path / "out.json")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    turns = {name: found[-1] for name, found in report["turns"].items()}
+    assert report["turns"].keys() | report["failures"].keys() == METHODS.keys()
+    assert report["failures"].keys() <= {"lora", "prefix-tuning", "prompt-tuning"}  # which need peft
+    assert all(turn["seconds"] > 0 for turn in turns.values())
+    model = BertForSequenceClassification(BertConfig(num_labels=2, **TINY))
+    weights = sum(p.nbytes for p in model.parameters())
+    steps = 4 * len(list(model.parameters()))  # a number for every parameter
+    vanilla = turns["vanilla"]
+    assert vanilla["state_bytes"] == 2 * weights + steps and vanilla["kept_bytes"] == 0
+    assert vanilla["peak_bytes"] >= 4 * weights + steps  # with gradients
+    assert turns["mixout"]["kept_bytes"] == turns["smart"]["kept_bytes"] == weights  # another model
+    assert turns["linear-probe"]["state_bytes"] == 2 * 4 * (2 * TINY["hidden_size"] + 2) + 2 * 4  # of the head
+    assert all(f"| {name} |" in (tmp_path / "out.md").read_text() for name in turns)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -18,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import fisherscope as fs
+from fisherscope import cli
 from fisherscope.cli import COMMANDS, main
 from fisherscope.cli.landscape import _names as names_of
 from fisherscope.comparison import compare
@@ -352,7 +354,11 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.parametrize(
     ("command", "settings"),
-    [("fisher", []), ("fisher", ["--until-stable", "0.5", "--fraction", "0.3"]), ("landscape", ["--points", "7"])],
+    [
+        ("fisher", []),
+        pytest.param("fisher", ["--until-stable", "0.5", "--fraction", "0.3"], marks=pytest.mark.slow),
+        pytest.param("landscape", ["--points", "7"], marks=pytest.mark.slow),
+    ],
 )
 def test_killed_command_resumes_to_the_same_file(
     command: str, settings: list[str], flags: list[str], tmp_path: Path
@@ -467,6 +473,48 @@ def test_config_problems_name_the_file(tmp_path: Path, capsys: pytest.CaptureFix
     assert "config.yaml sets 'foo', which is no flag of this command" in capsys.readouterr().err
     config.write_text("a: [1")
     assert "must be YAML" in refused(capsys, "mask", "scores.h5", "--config", config)
+
+
+FINETUNE = ["finetune", "--model", "builtin:bert", "--out", "run"]
+
+
+def parsed(*words: object) -> Any:
+    return cli._parse([*FINETUNE, *map(str, words)])
+
+
+def test_a_config_file_may_say_zero(tmp_path: Path) -> None:
+    """0 == False, but weight-decay: 0 is no switch."""
+    (tmp_path / "c.yaml").write_text("task: cola\nweight-decay: 0\nwarmup: 0.0\nsubset-seed: 0\nstrict: false\n")
+    args = parsed("--config", tmp_path / "c.yaml")
+    assert (args.weight_decay, args.warmup, args.strict) == (0.0, 0.0, False)
+
+
+def test_settings_that_are_on_or_off_are_switches(tmp_path: Path) -> None:
+    assert parsed("--task", "cola").fisher is None
+    assert parsed("--task", "cola", "--fisher", "--no-pooler").fisher is True
+    assert parsed("--task", "cola", "--fisher", "--no-pooler").pooler is False
+    (tmp_path / "c.yaml").write_text("task: cola\npooler: false\nfisher: true\nkeep-dropout: false\n")
+    args = parsed("--config", tmp_path / "c.yaml")
+    assert (args.pooler, args.fisher, args.keep_dropout) == (False, True, False)
+
+
+def test_a_switch_of_a_method_takes_no_text(capsys: pytest.CaptureFixture[str]) -> None:
+    """--fisher false was once taken for on."""
+    with pytest.raises(SystemExit):
+        parsed("--task", "cola", "--fisher", "false")
+    assert "unrecognized arguments: false" in capsys.readouterr().err
+
+
+def test_tasks_are_names_with_commas_between_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parsed("--tasks", "cola, rte").tasks == ["cola", "rte"]
+    with pytest.raises(SystemExit):
+        parsed("--tasks", "cola,")
+    assert "must be names with commas between them, as in a,b; got 'cola,'" in capsys.readouterr().err
+
+
+def test_one_task_has_no_sampling_exponent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tasks", "builtin:topic", "--sampling-exponent", "0.5", "--out", tmp_path / "run"]
+    assert "several tasks, but there is one" in refused(capsys, "finetune", "--model", "builtin:bert", *words)
 
 
 def test_config_lists_do_not_swallow_the_file(flags: list[str], tmp_path: Path) -> None:

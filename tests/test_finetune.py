@@ -14,7 +14,7 @@ from conftest import kill_when
 
 import fisherscope as fs
 from fisherscope import storage
-from fisherscope.finetune import Applied, Composed, Results, finetune, plan, trainer
+from fisherscope.finetune import Applied, Composed, Results, finetune, folder, plan, trainer, training
 from fisherscope.finetune.callback import STATE_FILE
 from fisherscope.finetune.parts import before_steps
 from fisherscope.models import backbone_prefix, dropout_sites
@@ -190,7 +190,8 @@ class TestResults:
     def test_the_folder_holds_what_was_done(self, run):
         folder, results = run
         assert {f.name for f in folder.iterdir()} == {
-            "config.yaml", "run.json", "results.json", "predictions.jsonl", "splits.json", "model-seed-0", "model-seed-3",
+            "config.yaml", "run.json", "results.json", "predictions.jsonl", "splits.json",
+            "model-seed-0", "model-seed-3",
         }  # fmt: skip
         loaded = Results.load(folder)
         assert str(loaded) == str(results)
@@ -302,14 +303,16 @@ def interrupted(out: str, method: str, **options) -> Results:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS_TO_KILL)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name != "guided-dropout")) for name in METHODS_TO_KILL]
+)
 def test_a_killed_training_goes_on_to_the_same_weights(method, tmp_path):
     """SIGKILL in the middle of epoch 2: resumed, the weights and results are those of an uninterrupted run."""
     whole = interrupted(str(tmp_path / "whole"), method)
     killed = tmp_path / "killed"
 
     def in_second_epoch() -> bool:
-        return any((killed / "seed-0").glob(f"checkpoint-[5-9]/{STATE_FILE}"))
+        return any((killed / "seed-0.part").glob(f"checkpoint-[5-9]/{STATE_FILE}"))
 
     kill_when(in_second_epoch, SCRIPT, killed, Path(method))
     assert not (killed / "results.json").exists()
@@ -317,7 +320,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(method, tmp_path):
     assert same(tmp_path / "whole" / "model-seed-0", killed / "model-seed-0")
     assert resumed.runs[0].evaluations == whole.runs[0].evaluations
     assert resumed.runs[0].losses == whole.runs[0].losses
-    assert not (killed / "seed-0").exists()
+    assert not (killed / "seed-0.part").exists()
 
 
 def test_an_exception_takes_the_regularizer_off(monkeypatch):
@@ -344,12 +347,15 @@ def test_an_exception_takes_the_regularizer_off(monkeypatch):
     [
         ({"task": None}, "needs a task or data, and not both"),
         ({"data": "builtin:docs"}, "needs a task or data, and not both"),
-        ({"method": "guided"}, "method must be one of .*, vanilla, .*; got 'guided'"),
+        (
+            {"method": "guided"},
+            "no method 'guided' .did you mean 'guided-dropout'.*; the method must be one of .*, vanilla",
+        ),
+        ({"seeds": [-1]}, "Seeds must be whole numbers from 0 to 4294967295; got -1"),
+        ({"seeds": [2**32]}, "Seeds must be whole numbers from 0"),
+        ({"train_size": 0}, "train_size must be a number of examples, 1 or more"),
         ({"settings": {"highest": 1}}, "vanilla has no setting 'highest'; it has none"),
-        ({"epochs": 0}, "epochs must be above 0, got 0"),
-        ({"accumulate": 0}, "accumulate must be at least 1, got 0"),
-        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
-        ({"warmup": 1.0}, "warmup is a share of the steps"),
+        ({"epochs": 0}, "epochs must be a number above 0, and finite; got 0"),
         ({"save_model": True}, "save_model needs out"),
         ({"seeds": []}, "at least one seed"),
         ({"objective": "mlm"}, "objective goes with data only"),
@@ -361,6 +367,256 @@ def test_an_exception_takes_the_regularizer_off(monkeypatch):
 def test_what_cannot_be_is_refused(arguments, match):
     with pytest.raises(ValueError, match=match):
         finetune("builtin:bert", **(QUICK | arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("epochs", float("inf"), "above 0, and finite; got inf"),
+        ("epochs", float("nan"), "above 0, and finite; got nan"),
+        ("epochs", "3", "above 0, and finite; got '3'"),
+        ("learning_rate", float("inf"), "above 0, and finite; got inf"),
+        ("learning_rate", True, "above 0, and finite; got True"),
+        ("weight_decay", -1, "weight_decay must be a number, at least 0 and finite; got -1"),
+        ("weight_decay", float("nan"), "at least 0 and finite; got nan"),
+        ("accumulate", 0, "whole number and at least 1, got 0"),
+        ("batch_size", 2.5, "whole number and at least 1, got 2.5"),
+        ("max_steps", 0, "whole number and at least 1, got 0"),
+        ("max_steps", float("inf"), "whole number and at least 1, got inf"),
+        ("warmup", 1.0, "warmup is a share of the steps"),
+        ("warmup", float("nan"), "warmup is a share of the steps"),
+        ("precision", "bf16", "precision must be one of float32, bfloat16, float16; got 'bf16'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(name, value, match):
+    with pytest.raises(ValueError, match=match):
+        plan.Recipe(**{name: value})
+
+
+def test_a_recipe_may_be_without_decay_and_warmup():
+    assert (plan.Recipe(weight_decay=0, warmup=0).weight_decay, plan.Recipe(epochs=0.5).epochs) == (0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("lr", r"; did you mean learning_rate\?"), ("sedes", r"; did you mean seeds\?"), ("zzz", r"\.")],
+)
+def test_unknown_keywords_are_named_with_the_nearest(name, hint):
+    with pytest.raises(TypeError, match=rf"^finetune has no keyword {name}{hint}$"):
+        finetune("builtin:bert", task=TASK, **{name: 1e-3})
+
+
+@pytest.mark.parametrize("given", ["scores", "mask"])
+def test_a_regularizer_has_its_scores_and_mask(given):
+    """They would do nothing."""
+    with pytest.raises(ValueError, match=f"has its {given} already"):
+        finetune("builtin:bert", task=TASK, method=PullsToZero(0.1), **{given: object()})
+
+
+SETTINGS = {"model": "builtin:bert", "method": "vanilla", "epochs": 3.0}
+
+
+def begun(place, settings=SETTINGS, local=(), seeds=(0,), resume=False, save=False):
+    return folder.begin(place, settings, dict(local), seeds, resume, save)
+
+
+def with_results(place, seeds=(0,)):
+    """A run that was begun, with results as if it had been trained."""
+    begun(place)
+    done = [fs.finetune.results.SeedResult(seed, "finished", [], [], False, 0.1, 1, 1) for seed in seeds]
+    Results("task", "vanilla", "accuracy", SETTINGS, done).save(place / "results.json")
+    return place
+
+
+def contents(place):
+    return {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+
+
+class TestFolder:
+    def test_runs_below_stay_whatever_their_names(self, tmp_path):
+        """Those of a sweep are called seed-K, as the folders of a run's own work once were."""
+        for seed in (0, 1):
+            with_results(tmp_path / "exp" / f"seed-{seed}", [seed])
+        before = contents(tmp_path)
+        with pytest.raises(FileExistsError, match="has another run below it"):
+            finetune("builtin:bert", **QUICK, seeds=[0, 1], out=tmp_path / "exp")
+        assert contents(tmp_path) == before
+
+    def test_a_failed_call_takes_away_only_what_it_made(self, tmp_path, monkeypatch):
+        place = tmp_path / "exp"
+        for name in ("seed-0/notes.txt", "notes.txt"):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_text("mine")
+        before = contents(tmp_path)
+
+        def fail(plan, *_):
+            (place / "seed-0.part").mkdir()
+            raise ValueError("a wrong mask")
+
+        monkeypatch.setattr(training, "_run_all", fail)
+        with pytest.raises(ValueError, match="a wrong mask"):
+            finetune("builtin:bert", **QUICK, out=place)
+        assert contents(tmp_path) == before
+        assert not (place / "seed-0.part").exists()
+
+    def test_a_failed_resumption_leaves_the_run(self, tmp_path, monkeypatch):
+        place, settings = tmp_path / "run", []
+
+        def stop(plan, *_):
+            settings.append(plan)
+            raise KeyboardInterrupt if len(settings) == 1 else ValueError("no")
+
+        monkeypatch.setattr(training, "_run_all", stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune("builtin:bert", **QUICK, out=place)
+        before = contents(place)
+        with pytest.raises(ValueError, match="no"):
+            finetune("builtin:bert", **QUICK, out=place, resume=True)
+        assert contents(place) == before != {}
+
+    def test_what_was_trained_stays(self, tmp_path):
+        begun(tmp_path / "run")
+        (tmp_path / "run" / "seed-0.part" / "checkpoint-3").mkdir(parents=True)
+        folder.leave(tmp_path / "run", made=True)
+        assert (tmp_path / "run" / "config.yaml").exists()
+
+    @pytest.mark.parametrize("name", ["predictions.jsonl", "splits.json", "run.json", "results.json", "model-seed-0"])
+    @pytest.mark.parametrize("resume", [False, True])
+    def test_files_of_something_else_are_not_replaced(self, name, resume, tmp_path):
+        (tmp_path / name).write_text("hours of work")
+        with pytest.raises(FileExistsError, match="holds"):
+            begun(tmp_path, resume=resume)
+        assert contents(tmp_path) == {tmp_path / name: b"hours of work"}
+
+    def test_other_files_do_no_harm(self, tmp_path):
+        (tmp_path / "notes.txt").write_text("mine")
+        assert begun(tmp_path) is None
+
+    @pytest.mark.parametrize("text", ["a: [1", "", "a: 1", "- 1", "\x00"])
+    def test_a_config_of_something_else_is_refused(self, text, tmp_path):
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(
+            storage.WrongFile, match=r"config.yaml was cut short, or is not of a run; give another folder"
+        ):
+            begun(tmp_path, resume=True)
+
+    @pytest.mark.parametrize("text", ['{"example": 1}\n', "{", "1\n"])
+    def test_damaged_predictions_are_refused_before_the_training(self, text, tmp_path):
+        begun(tmp_path)
+        (tmp_path / "predictions.jsonl").write_text(text)
+        with pytest.raises(storage.WrongFile, match=r"predictions.jsonl was cut short, or is not of a run"):
+            begun(tmp_path, resume=True)
+
+    def test_damaged_splits_are_refused_before_the_training(self, tmp_path):
+        begun(tmp_path)
+        (tmp_path / "splits.json").write_text("{")
+        with pytest.raises(storage.WrongFile, match=r"splits\.json"):
+            begun(tmp_path, resume=True)
+
+    def test_a_file_is_no_folder(self, tmp_path):
+        (tmp_path / "out").write_text("")
+        for place in (tmp_path / "out", tmp_path / "out" / "run"):
+            with pytest.raises(NotADirectoryError, match=r"needs a folder, but .*out is a file; give another folder"):
+                begun(place)
+
+    def test_models_of_finished_seeds_cannot_be_saved_later(self, tmp_path):
+        with_results(tmp_path, [0, 1])
+        (tmp_path / "model-seed-0").mkdir()
+        assert begun(tmp_path, seeds=[0, 2], resume=True, save=True) is not None
+        with pytest.raises(ValueError, match="holds the finished seed 1 without its model"):
+            begun(tmp_path, seeds=[0, 1], resume=True, save=True)
+
+    def test_another_model_of_the_same_name_is_another_setting(self, tmp_path):
+        begun(tmp_path, local={"teacher": "1" * 16})
+        begun(tmp_path, local={"teacher": "1" * 16}, resume=True)
+        with pytest.raises(ValueError, match=r"begun with another setting: teacher \(1+ there, 2+ now\)"):
+            begun(tmp_path, local={"teacher": "2" * 16}, resume=True)
+
+    def test_local_models_are_told_apart_by_their_weights(self, tmp_path):
+        from dataclasses import replace
+
+        source = _small_task(TASK, "train")
+        made = plan.Plan("builtin:bert", None, None, "classification", "x", "accuracy", source, None, None, 0, None,
+                         plan.Recipe(), "distillation")  # fmt: skip
+        assert made.local_models() == {}
+        found = []
+        for name, values in (("a", 0.0), ("b", 1.0), ("c", 0.0)):
+            (tmp_path / name / "model-seed-0").mkdir(parents=True)
+            (tmp_path / name / "model-seed-0" / "model.safetensors").write_text(str(values))
+            settings = {"teacher": str(tmp_path / name / "model-seed-0"), "weight": 0.5}
+            found.append(replace(made, settings=settings).local_models())
+        assert found[0].keys() == {"teacher"}
+        assert found[0] == found[2] != found[1]
+
+    def test_further_seeds_begin_with_the_same_weights(self, tmp_path):
+        """The name of a model on the Hub may come to mean other weights."""
+        finetune("builtin:bert", **QUICK, max_steps=1, out=tmp_path)
+        before = json.loads((tmp_path / "results.json").read_text())
+        before["fingerprints"]["backbone"] = "0" * 16
+        (tmp_path / "results.json").write_text(json.dumps(before))
+        with pytest.raises(ValueError, match=r"finished seeds began with other weights of builtin:bert \(0+ there"):
+            finetune("builtin:bert", **QUICK, max_steps=1, seeds=[0, 1], out=tmp_path, resume=True)
+
+
+def test_the_folder_of_a_run_is_no_model(tmp_path):
+    (tmp_path / "model-seed-3").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"is the folder of a run; give a model in it, such as .*model-seed-3"):
+        fs.load_model(tmp_path)
+
+
+def test_forgetting_is_measured_on_the_device_of_the_run(monkeypatch):
+    asked = []
+
+    def note(*_, device, **__):
+        asked.append(device)
+        raise ValueError("noted")
+
+    monkeypatch.setattr(training, "pretraining_loss", note)
+    with pytest.raises(ValueError, match="noted"):
+        finetune("builtin:bert", **QUICK, measure_forgetting="builtin:docs", device="cpu")
+    assert asked == ["cpu"]
+
+
+def test_an_exception_ends_the_progress_bar(monkeypatch):
+    """So that the message is on a line of its own."""
+    ended = []
+
+    class Bar:
+        def close(self):
+            ended.append(True)
+
+    class Fails(fs.Regularizer):
+        def penalty(self, model, batch, predictions):
+            raise RuntimeError("in the middle")
+
+    monkeypatch.setattr(trainer, "progress_bar", lambda *_, **__: Bar())
+    with pytest.raises(RuntimeError, match="in the middle"):
+        finetune("builtin:bert", **QUICK, method=Fails())
+    assert ended
+
+
+def test_checkpoints_are_silent(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(trainer, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    finetune("builtin:bert", **QUICK, max_steps=3, out=tmp_path)
+    said = capfd.readouterr()
+    assert "shards" not in said.out + said.err
+    assert "mtime" not in said.out + said.err
+
+
+class TestBest:
+    def best(self, metric, values):
+        rows = [{"step": i, "epoch": i, metric: value} for i, value in enumerate(values)]
+        return fs.finetune.results.SeedResult(0, "finished", rows, [], False, 0.1, 1, 1).value(metric, "best")
+
+    def test_the_lowest_loss_of_a_task_is_the_best(self):
+        assert self.best("rte.loss", [0.5, 0.3, 0.9]) == 0.3
+
+    def test_the_highest_of_any_other_metric_is_the_best(self):
+        assert self.best("rte.accuracy", [0.5, 0.3, 0.9]) == 0.9
+
+    def test_an_epoch_that_is_no_number_is_never_the_best(self):
+        assert self.best("loss", [float("nan"), 0.3]) == 0.3
+        assert self.best("accuracy", [float("nan"), 0.3]) == 0.3
 
 
 def test_every_logged_step_has_its_loss():
@@ -420,6 +676,7 @@ def test_a_training_that_diverges_says_so():
     assert "diverged" in str(results)
 
 
+@pytest.mark.slow
 def test_two_methods_at_once(tmp_path):
     """The mask freezes, and the rates are those of guided dropout."""
     model, tokenizer = fs.load_model("builtin:bert")
@@ -438,7 +695,7 @@ def test_two_methods_at_once(tmp_path):
     assert not same(tmp_path / "both" / "model-seed-0", tmp_path / "one" / "model-seed-0")
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+@pytest.mark.parametrize("name", ["bert", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "t5"))])
 def test_scores_of_a_language_model_guide_a_classifier(name, tmp_path, capsys):
     """From the command line: scores by the model's own head, then a classifier with the same backbone."""
     from fisherscope.cli import main

@@ -490,6 +490,7 @@ def test_the_teacher_that_is_fine_tuned_first_is_vanilla(
     assert config["settings"]["distillation"]["teacher"] == "model-seed-0"
 
 
+@pytest.mark.slow
 def test_distillation_from_the_model_itself_is_distillation_without_a_teacher_given(
     bert: Path, quick: dict[str, Any], distilled: Path, tmp_path: Path
 ):
@@ -520,6 +521,7 @@ def test_the_virtual_teacher_is_no_model(
     assert len(differences(tmp_path / "run", vanilla)) > 10
 
 
+@pytest.mark.slow
 def test_a_training_that_stopped_goes_on_with_its_teacher(
     bert: Path, quick: dict[str, Any], distilled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -539,14 +541,14 @@ def test_a_training_that_stopped_goes_on_with_its_teacher(
         patch.setattr(trainer, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
         with pytest.raises(Interrupted):
             finetune(bert, **options)
-    assert (tmp_path / "run" / "seed-0" / "teacher" / "model" / "config.json").exists()
+    assert (tmp_path / "run" / "seed-0.part" / "teacher" / "model" / "config.json").exists()
     trained = []
     make = training.make_trainer
     monkeypatch.setattr(training, "make_trainer", lambda *given: (trained.append(given[2].name), make(*given))[1])
     finetune(bert, **options, resume=True)
-    assert trained == ["seed-0"]
+    assert trained == ["seed-0.part"]
     assert differences(tmp_path / "run", distilled) == []
-    assert not (tmp_path / "run" / "seed-0").exists()
+    assert not (tmp_path / "run" / "seed-0.part").exists()
 
 
 def test_a_language_model_learns_from_a_teacher_in_memory(tmp_path: Path):
@@ -581,3 +583,33 @@ def test_a_saved_teacher_must_fit(bert: Path, quick: dict[str, Any], tmp_path: P
         with pytest.raises(ValueError) as caught:
             finetune(bert, **quick, method="distillation", settings={"teacher": str(teacher)})
         assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "message"),
+    [
+        (
+            "label-smoothing",
+            {},
+            r"^label-smoothing is not for regression: it needs classes to spread",
+        ),
+        (
+            "teacher-free-distillation",
+            {"variant": "virtual"},
+            r"^A virtual teacher needs classes, which ",
+        ),
+    ],
+)
+def test_what_needs_classes_refuses_regression_before_the_training(method, settings, message, monkeypatch):
+    monkeypatch.setattr(training, "_fit", lambda *_: pytest.fail("it trains"))
+    options = {"task": "builtin:similarity", "train_size": 8, "max_steps": 1, "progress": False}
+    with pytest.raises(ValueError, match=message):
+        finetune("builtin:bert", **options, method=method, settings=settings)
+
+
+def test_a_number_of_minus_100_is_a_label_like_others(tmp_path):
+    """The loss of a step is the mean over all four examples; that number alone gives it nearly all of its size."""
+    (tmp_path / "train.tsv").write_text("text\tlabel\n" + "".join(f"a text\t{y}\n" for y in (-100.0, 0.0, 0.0, 0.0)))
+    options = {"objective": "regression", "batch_size": 4, "max_steps": 1, "progress": False}
+    (run,) = finetune("builtin:bert", data=tmp_path / "train.tsv", **options).runs
+    assert run.losses[0]["loss"] == pytest.approx(100**2 / 4, rel=0.05)

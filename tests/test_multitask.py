@@ -14,11 +14,14 @@ from safetensors.torch import load_file
 
 import fisherscope as fs
 from fisherscope.cli import main
-from fisherscope.finetune import Applied, finetune, plan, training
+from fisherscope.finetune import METHODS, Applied, finetune, plan, training
 from fisherscope.finetune.callback import STATE_FILE
+from fisherscope.finetune.methods.lnsr import LNSR
+from fisherscope.finetune.methods.r3f import R3F, R4F
+from fisherscope.finetune.methods.smart import SMART
 from fisherscope.finetune.multitask import SharedBackbone, shares, step_order
 from fisherscope.finetune.parts import before_steps
-from fisherscope.models import dropout_sites, load_model, new_parameters
+from fisherscope.models import dropout_sites, infer_objective, load_model, new_parameters
 from fisherscope.objectives import predict
 
 BERT = "builtin:bert"
@@ -293,12 +296,144 @@ class TestResults:
             assert found == pytest.approx(expected, abs=1e-4)
 
 
-@pytest.mark.parametrize("method", ["r-drop", "fixed-mask", "guided-dropout", "dps-dense", "child-tuning-f"])
-def test_methods_combine_with_several_tasks(method):
-    results = finetune(BERT, tasks=TASKS[:2], method=method, max_steps=4, **QUICK)
-    assert results.runs[0].status == "finished"
+SETTINGS = {
+    "fish-mask": {"keep": 0.05},
+    "recadam": {"gamma": 100.0},
+    "top-k-layers": {"layers": 1},
+    "weights-mixup": {"splits": 1, "search_epochs": 0.2},
+}
+UNFIT = {
+    "label-smoothing": "label-smoothing is not for regression: it needs classes",
+    "distillation": "distillation is not for several tasks: it learns from a teacher, who knows one task",
+    "teacher-free-distillation": "teacher-free-distillation is not for several tasks: it learns from a teacher",
+    "vanilla-undebiased": "vanilla-undebiased is not for several tasks: it needs parameters that took equally many",
+}
 
 
+def measured(method, **options):
+    """What two tasks come to after four steps, of which every task has some."""
+    settings = SETTINGS.get(method, {})
+    return finetune(BERT, tasks=TASKS[:2], method=method, settings=settings, max_steps=4, **QUICK | options).runs[0]
+
+
+@pytest.fixture(scope="module")
+def plainly():
+    """Without a method."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "read_task", small_task)
+        return measured("vanilla")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("guided-dropout", "fixed-mask", "smart")))
+        for name in sorted(METHODS.keys() - UNFIT.keys() - {"vanilla", "vanilla-long"})
+    ],
+)
+def test_a_method_changes_what_several_tasks_come_to(method, plainly):
+    found = measured(method)
+    assert found.status == "finished"
+    for task in TASKS[:2]:
+        assert found.evaluations[-1][f"{task}.loss"] != plainly.evaluations[-1][f"{task}.loss"]
+
+
+@pytest.mark.parametrize("method", UNFIT)
+def test_a_method_for_one_task_is_refused_before_anything_runs(method, monkeypatch):
+    monkeypatch.setattr(training, "_run_all", lambda *_: pytest.fail("it runs"))
+    with pytest.raises(ValueError, match=UNFIT[method]):
+        finetune(BERT, tasks=TASKS, method=method, **QUICK)
+
+
+@pytest.fixture
+def shared():
+    """A classifier and a model for numbers with one backbone, in training, and a batch of each."""
+    tasks = {name: fs.TASKS[name] for name in TASKS[:2]}
+    plans = [replace(_plan(), name=n, objective=t.objective, metric=t.metrics[0]) for n, t in tasks.items()]
+    labels = {"classification": 2, "regression": None}
+    models = [load_model(BERT, objective=p.objective, num_labels=labels[p.objective])[0] for p in plans]
+    tokenizer = load_model(BERT)[1]
+    batches = [
+        fs.load_batches(small_task(p.name, "train"), tokenizer, objective=p.objective, batch_size=4, max_length=24)
+        for p in plans
+    ]
+    found = SharedBackbone(plans, models, batches, 1.0)
+    found.whole.train()
+    return found
+
+
+def each_task(shared):
+    """Inside every task: its objective and a batch of it."""
+    for number, batches in enumerate(shared.batches):
+        batch = next(iter(batches))
+        with shared.of(batch | {"task": torch.full((len(batch["labels"]),), number)}) as (objective, inputs):
+            yield objective, inputs
+
+
+def test_the_model_that_trains_says_what_the_task_at_hand_predicts(shared):
+    before = shared.whole.config
+    found = [(objective, infer_objective(shared.whole)) for objective, _ in each_task(shared)]
+    assert found == [("classification", "classification"), ("regression", "regression")]
+    assert shared.whole.config is before
+
+
+@pytest.mark.parametrize("method", [R3F(), SMART(4), LNSR()], ids=lambda m: m.name)
+def test_a_further_pass_is_one_of_the_task_at_hand(method, shared):
+    """With the same dropout, bit for bit."""
+    with method.applied_to(shared.whole, torch.optim.AdamW(shared.whole.parameters())):
+        for objective, inputs in each_task(shared):
+            predictions = predict(shared.whole, inputs, objective)
+            again = method.passes_of(shared.current).again(inputs)
+            assert again.kind == predictions.kind
+            assert torch.equal(again.outputs, predictions.outputs)
+            assert method.penalty(shared.current, inputs, predictions).shape == (4,)
+
+
+def test_r4f_normalises_the_last_layer_of_every_task(shared):
+    heads = [model.classifier.weight for model in shared.models]
+    before = [head.detach().clone() for head in heads]
+    with R4F().applied_to(shared.whole, torch.optim.AdamW(shared.whole.parameters())):
+        for number, (objective, inputs) in enumerate(each_task(shared)):
+            found = predict(shared.whole.eval(), inputs, objective).outputs
+            bias = shared.models[number].classifier.bias
+            with torch.no_grad():
+                pooled = shared.whole.bert(**{k: v for k, v in inputs.items() if k != "labels"}).pooler_output
+                expected = pooled @ (before[number] / torch.linalg.matrix_norm(before[number], 2)).T + bias
+            torch.testing.assert_close(found.flatten(), expected.flatten())
+    for head in heads:
+        assert float(torch.linalg.matrix_norm(head.detach(), 2)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning", "prefix-tuning"])
+def test_virtual_tokens_stand_before_the_texts_of_every_task_where_it_is_measured(method, shared):
+    """What is measured depends on them, for each task."""
+    chosen = METHODS[method](virtual_tokens=3)
+    chosen.extend(shared.whole)
+    with chosen.applied_to(shared.whole, torch.optim.AdamW(shared.whole.parameters())):
+        _, before = shared.evaluate(shared.batches)
+        with torch.no_grad():
+            for parameter in chosen.added(shared.whole).values():
+                parameter.add_(1.0)
+        _, after = shared.evaluate(shared.batches)
+    for task in TASKS[:2]:
+        assert before[f"{task}.loss"] != after[f"{task}.loss"]
+
+
+def test_a_head_that_is_measured_is_in_eval_mode(shared):
+    """Some compute their dropout themselves, by their own flag."""
+    modes = []
+    forward = shared.models[1].forward
+    shared.models[1].forward = lambda *args, **inputs: (
+        modes.append(shared.models[1].training) or forward(*args, **inputs)
+    )
+    shared.evaluate(shared.batches)
+    for objective, inputs in each_task(shared):
+        predict(shared.whole, inputs, objective)
+    assert not any(modes[:-1])
+    assert modes[-1]
+
+
+@pytest.mark.slow
 def test_a_stage_comes_before_several_tasks(tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(f"One {i}. Two {i}. Three {i}." for i in range(8)))
     notes, _ = noted(
@@ -319,7 +454,6 @@ def test_a_stage_comes_before_several_tasks(tmp_path):
         ({"tasks": TASKS[0]}, "tasks must be a list of different tasks"),
         ({"tasks": TASKS, "sampling_exponent": -1.0}, "sampling_exponent must be 0 or more, and finite; got -1"),
         ({"task": TASKS[0], "sampling_exponent": 1.0}, "sampling_exponent goes with tasks only"),
-        ({"tasks": TASKS, "method": "distillation"}, "distillation learns from a teacher, who knows one task"),
     ],
 )
 def test_refusals(settings, match):
@@ -352,7 +486,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
     """SIGKILL in the second epoch: resumed, the same tasks and examples follow."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     expected = _interrupted(whole)
-    kill_when(lambda: any((killed / "seed-0").glob(f"checkpoint-1[4-9]/{STATE_FILE}")), SCRIPT, killed)
+    kill_when(lambda: any((killed / "seed-0.part").glob(f"checkpoint-1[4-9]/{STATE_FILE}")), SCRIPT, killed)
     found = _interrupted(killed, resume=True)
     for task in ("acceptability", "similarity", "topic"):
         file = f"model-seed-0-{task}/model.safetensors"

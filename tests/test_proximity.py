@@ -778,6 +778,7 @@ def plain_loss() -> Iterator[float]:
         yield final_loss("vanilla", {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_whole_runs(name: str, plain_loss: float):
     """Through Trainer, with the pretrained values of the run: another loss than plain fine-tuning, and a finite one."""

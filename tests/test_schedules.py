@@ -472,13 +472,13 @@ class Noted(Regularizer):
 
 
 def test_methods_are_prepared_in_their_order(monkeypatch: pytest.MonkeyPatch):
-    """Whatever the order of their names; equal ones as they are named."""
+    """Whatever the order of their names; equal ones by name."""
     told: list[str] = []
     for name, order in (("late", 1), ("early", -1), ("one", 0), ("two", 0)):
         monkeypatch.setitem(METHODS, name, type(name, (Noted,), {"name": name, "order": order, "told": told}))
     chosen = type("Chosen", (), {"method": "late+two+early+one", "settings": {}, "scores": None, "mask": None})
     plan.Plan.regularizer(chosen(), None)  # pyright: ignore
-    assert told == ["early", "two", "one", "late"]
+    assert told == ["early", "one", "two", "late"]
 
 
 # All of them

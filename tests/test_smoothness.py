@@ -21,7 +21,7 @@ from torch.nn.utils import parametrizations
 from torch.optim import SGD, AdamW
 
 from fisherscope.finetune.methods.lnsr import LNSR, _distance
-from fisherscope.finetune.methods.r3f import R3F, R4F, last_layer, normalised
+from fisherscope.finetune.methods.r3f import R3F, R4F, last_layers, normalised
 from fisherscope.finetune.methods.r_drop import RDrop
 from fisherscope.finetune.methods.smart import SMART
 from fisherscope.finetune.regularizer import Composed, Regularizer
@@ -482,7 +482,7 @@ def test_r4f_normalises_the_layer_that_gives_the_logits(name: str):
     """In the block, and in the plain weight after it, also after an exception."""
     made, batch = in_training(name)
     made.model.eval()
-    layer = made.model.get_submodule(last_layer(made.model).removesuffix(".weight"))
+    layer = made.model.get_submodule(last_layers(made.model)[0].removesuffix(".weight"))
     assert isinstance(layer, nn.Linear)
     seen: list[Tensor] = []
     handle = layer.register_forward_hook(lambda *call: seen.append(call[-1]))
@@ -915,6 +915,17 @@ def test_distances_are_means_over_the_tokens_of_every_example_without_padding():
     torch.testing.assert_close(_distance(a, b, Lookup(torch.zeros(2, 5, 1), torch.ones(2, 5) > 0, 0)), everything)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_virtual_tokens_before_a_text_count_in_its_distance_and_padding_does_not(axis: int):
+    draw = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 2, 5, 4, generator=draw, dtype=torch.float64)
+    tokens = torch.tensor([[True, True, False], [True, False, False]])  # after two virtual ones
+    lookup = Lookup(torch.zeros(2, 3, 1), tokens, 0) if axis == 0 else Lookup(torch.zeros(3, 2, 1), tokens.mT, 1)
+    expected = [(a[i, :n] - b[i, :n]).square().sum() / n for i, n in ((0, 4), (1, 3))]
+    found = _distance(a.transpose(0, axis), b.transpose(0, axis), lookup)
+    torch.testing.assert_close(found, torch.stack(expected))
+
+
 def test_the_term_of_lnsr_counts_once_for_every_scored_token_of_a_text():
     """As the loss of a text is a sum over them, so that its weight means the same for texts of any length."""
     made, batch = in_training("BERT", "masked LM")
@@ -973,7 +984,7 @@ def test_every_model_trains_with_every_method(name: str, method: Regularizer):
     """Two steps: the penalty is positive in both, the head moves, and not as without the method."""
     made = entry(name, "classification")
     plain, found = (trained(how, made, steps=2)["values"] for how in (Regularizer(), method))
-    head = last_layer(made.model)
+    (head,) = last_layers(made.model)
     assert bool(found[2][head].isfinite().all()) and not torch.equal(found[2][head], found[0][head])
     assert not torch.equal(found[2][head], plain[2][head])
 

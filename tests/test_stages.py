@@ -150,7 +150,10 @@ class TestMorePretraining:
         with pytest.raises(ValueError, match="goes on with masked language modelling"):
             stages.with_stages(bare, bare.recipe, "builtin:docs", 3, None, None)
 
-    @pytest.mark.parametrize("family", ["Roberta", "Deberta", "DebertaV2", "DistilBert"])
+    @pytest.mark.parametrize(
+        "family",
+        ["Roberta", *(pytest.param(name, marks=pytest.mark.slow) for name in ("Deberta", "DebertaV2", "DistilBert"))],
+    )
     def test_models_without_a_head_for_pairs_learn_masked_tokens_only(self, family, text, tmp_path):
         _tiny(family, tmp_path / "model")
         results = finetune(
@@ -310,6 +313,7 @@ def _masked(examples):
 
 
 class TestIntermediateTask:
+    @pytest.mark.slow
     def test_it_is_the_fine_tuning_on_that_task(self, tmp_path):
         """The backbone that a training starts from is that of a model fine-tuned on the other task, bit for bit."""
         finetune(BERT, task=FIRST, out=tmp_path / "first", save_model=True, **QUICK)
@@ -397,14 +401,15 @@ def test_a_run_killed_in_a_stage_goes_on_to_the_same_weights(text, tmp_path):
     _staged(tmp_path / "whole", text)
     killed = tmp_path / "killed"
     kill_when(
-        lambda: any((killed / "seed-0" / "adapt-mlm").glob(f"checkpoint-[3-7]/{STATE_FILE}")), SCRIPT, killed, text
+        lambda: any((killed / "seed-0.part" / "adapt-mlm").glob(f"checkpoint-[3-7]/{STATE_FILE}")), SCRIPT, killed, text
     )
     _staged(killed, text, resume=True)
     for folder in ("adapt-mlm-seed-0", "model-seed-0"):
         assert same(*(load_file(out / folder / "model.safetensors") for out in (tmp_path / "whole", killed)))
-    assert not (killed / "seed-0").exists()
+    assert not (killed / "seed-0.part").exists()
 
 
+@pytest.mark.slow
 def test_a_stage_that_is_done_is_not_done_again(text, tmp_path, monkeypatch):
     """An interruption after the stage: what it came to is read."""
     made, make = [], training.make_trainer

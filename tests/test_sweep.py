@@ -146,7 +146,7 @@ class TestFile:
             ({"model": 3}, "model must be a name or a list of names; got 3"),
             ({"task": "rtee"}, "task must be one of .*; got 'rtee'"),
             ({"intermediate_task": "rtee"}, "intermediate_task must be one of .*; got 'rtee'"),
-            ({"method": "vanila"}, "in the arm vanila: The method must be one of .*did you mean 'vanilla'"),
+            ({"method": "vanila"}, "in the arm vanila: There is no method .vanila. .did you mean .vanilla."),
             ({"settings": {"weight": 1}}, "in the arm vanilla: vanilla has no setting 'weight'"),
             ({"settings": "weight"}, "settings must be a mapping or null; got 'weight'"),
             ({"method": "top-k-layers"}, "top-k-layers needs the setting 'layers'"),
@@ -155,7 +155,7 @@ class TestFile:
             ({"method": {"a": 3}}, "the arm a must be a mapping"),
             ({"method": {"vanilla": {"seeds": 3}}}, "the arm vanilla sets seeds, which is the same for all arms"),
             ({"method": {"vanilla": {"epoch": 3}}}, "no key 'epoch'"),
-            ({"method": {"a": {}}}, "in the arm a: The method must be one of"),
+            ({"method": {"a": {}}}, "in the arm a: There is no method .a."),
             ({"epochs": "three"}, "epochs must be a number; got 'three', in the arm vanilla"),
             ({"epochs": True}, "epochs must be a number; got True"),
             ({"batch_size": 2.5}, "batch_size must be a whole number; got 2.5"),
@@ -413,7 +413,7 @@ def test_a_killed_sweep_goes_on_to_the_same_results(tiny, tmp_path):
     first, second = (out / run.folder for run in loaded.runs)
 
     def in_the_second() -> bool:
-        return any(second.glob(f"seed-0/checkpoint-*/{STATE_FILE}"))
+        return any(second.glob(f"seed-0.part/checkpoint-*/{STATE_FILE}"))
 
     kill_when(in_the_second, SCRIPT, tmp_path / "sweep.yaml", out)
     assert list(loaded.states(out).values()) == ["finished", "begun"]

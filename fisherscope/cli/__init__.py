@@ -103,7 +103,7 @@ def _config_flags(command: argparse.ArgumentParser, argv: Sequence[str]) -> list
     path = before.parse_known_args(list(argv))[0].config
     if path is None:
         return []
-    known = {flag for action in command._actions for flag in action.option_strings}
+    known = {flag: action for action in command._actions for flag in action.option_strings}
     flags: list[str] = []
     for key, value in _read_settings(path).items():
         flag = f"--{str(key).replace('_', '-')}"
@@ -111,7 +111,9 @@ def _config_flags(command: argparse.ArgumentParser, argv: Sequence[str]) -> list
             command.error(f"{path} sets {key!r}, which is no flag of this command")
         if value is True:
             flags.append(flag)
-        elif value not in (False, None):
+        elif value is False:  # most flags without a value are off unless they are given
+            flags += [f"--no-{flag[2:]}"] if isinstance(known[flag], argparse.BooleanOptionalAction) else []
+        elif value is not None:
             flags += [flag, *map(str, value if isinstance(value, list) else [value])]
     return flags
 

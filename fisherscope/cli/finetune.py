@@ -26,9 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     origin = what.add_mutually_exclusive_group(required=True)
     origin.add_argument("--task", choices=TASKS, metavar="NAME", help=", ".join(TASKS))
     origin.add_argument("--data", help="instead of --task: text to train on, as for the other commands")
-    origin.add_argument(
-        "--tasks", type=lambda names: names.split(","), metavar="A,B,C", help="instead of --task: several at once"
-    )
+    origin.add_argument("--tasks", type=_names, metavar="A,B,C", help="instead of --task: several at once")
     what.add_argument(
         "--sampling-exponent",
         type=float,
@@ -79,6 +77,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(refuse=parser.error)
 
 
+def _names(text: str) -> list[str]:
+    """Names with commas between them."""
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"must be names with commas between them, as in a,b; got {text!r}")
+    return names
+
+
 def _size(text: str) -> int | float:
     """A number of examples, or a fraction."""
     return int(text) if text.lstrip("-").isdigit() else float(text)
@@ -122,6 +128,8 @@ def _flag(setting: str, uses: dict[str, inspect.Parameter]) -> dict[str, Any]:
     facts: dict[str, Any] = {"help": _help(setting, uses).replace("%", "%%"), "default": None}
     if all(get_origin(kind) is Literal for kind in kinds):
         return {**facts, "choices": tuple(dict.fromkeys(value for kind in kinds for value in get_args(kind)))}
+    if all(kind is bool for kind in kinds):
+        return {**facts, "action": argparse.BooleanOptionalAction}
     return {**facts, "type": next((kind for kind in (int, float) if kinds[0] is kind), str)}
 
 

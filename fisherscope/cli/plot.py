@@ -1,4 +1,4 @@
-"""``fisherscope plot``: figures from scores, masks and landscapes; landscapes for ParaView."""
+"""``fisherscope plot``: figures from scores, masks, landscapes and runs; landscapes for ParaView."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,6 +19,21 @@ SCORES = {
     "stability": "stability",
     "comparison": "comparison",
 }
+RUNS = {
+    "boxes": "run_boxes",
+    "sizes": "run_sizes",
+    "ranks": "run_ranks",
+    "learning": "learning_curves",
+    "cost": "run_costs",
+}
+OF_RUNS = {
+    "boxes": ("reference", "metric", "which"),
+    "sizes": ("reference", "metric", "which"),
+    "ranks": ("metric", "which"),
+    "learning": ("reference", "metric"),
+    "cost": ("reference",),
+}
+"""The flags that a figure of runs knows."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -28,15 +43,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="FILE",
-        help="landscapes (several become panels), scores, or two masks",
+        help="landscapes (several become panels), scores, two masks, or folders with runs of finetune or sweep in them",
     )
     parser.add_argument(
         "--kind",
-        choices=(*LANDSCAPES, *SCORES),
-        help="default: by the axes of landscapes (.html: page), layers for scores, comparison for two scores or masks",
+        choices=(*LANDSCAPES, *SCORES, *RUNS),
+        help="default: by the axes of landscapes (.html: page), layers for scores, comparison for two scores or masks, "
+        "boxes for runs",
     )
     parser.add_argument(
-        "--metric", default="loss", metavar="NAME", help="of landscapes: loss, perplexity, or one that was measured"
+        "--metric",
+        metavar="NAME",
+        help="of landscapes: loss (default), perplexity, or one that was measured; of runs: the main one by default",
+    )
+    parser.add_argument(
+        "--reference", metavar="ARM", help="of runs: beside which the others are drawn; default: vanilla"
+    )
+    parser.add_argument(
+        "--which",
+        choices=("last", "selected", "best"),
+        help="epoch of runs that counts; default: the one selected on examples of their own, or else the last",
     )
     parser.add_argument(
         "--width", choices=("one-column", "two-column"), help="of a printed landscape: 3.3 or 6.9 inches"
@@ -46,6 +72,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fraction", type=float, default=0.1, help="of the masks that scores are compared by")
     parser.add_argument("--titles", nargs="+", metavar="TITLE", help="one per file")
     add_output_flags(parser)
+    parser.set_defaults(refuse=parser.error)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -59,10 +86,12 @@ def run(args: argparse.Namespace) -> None:
         _draw_scores(args)
     elif formats == {"fisherscope.mask"}:
         _draw_masks(args)
+    elif formats == {"fisherscope.results"}:
+        _draw_runs(args)
     else:
         found = ", ".join(sorted(f.removeprefix("fisherscope.") for f in formats))
         raise ValueError(
-            f"A figure shows landscapes, scores or masks, one kind at a time, but the files hold: {found}."
+            f"A figure shows landscapes, scores, masks or runs, one kind at a time, but the files hold: {found}."
         )
     print(args.out)
 
@@ -77,11 +106,11 @@ def _draw_landscapes(args: argparse.Namespace) -> None:
     kind = args.kind or _usual_kind(len(landscapes[0].axes), args.out.suffix == ".html")
     _check_kind(kind, LANDSCAPES, "landscapes")
     if kind == "volume":
-        plots.volume(_only(landscapes, "A volume"), args.out, metric=args.metric, titles=args.titles)
+        plots.volume(_only(landscapes, "A volume"), args.out, metric=args.metric or "loss", titles=args.titles)
     elif kind == "page":
-        plots.page(landscapes, args.out, metric=args.metric, titles=args.titles)
+        plots.page(landscapes, args.out, metric=args.metric or "loss", titles=args.titles)
     else:
-        getattr(plots, kind)(landscapes, args.out, metric=args.metric, titles=args.titles, width=args.width)
+        getattr(plots, kind)(landscapes, args.out, metric=args.metric or "loss", titles=args.titles, width=args.width)
 
 
 def _usual_kind(axes: int, is_page: bool) -> str:
@@ -124,6 +153,18 @@ def _draw_masks(args: argparse.Namespace) -> None:
     _check_kind(args.kind or "comparison", ("comparison",), "masks")
     first, second = _two([Mask.load(path) for path in args.files])
     plots.comparison(first, second, args.out, titles=args.titles)
+
+
+def _draw_runs(args: argparse.Namespace) -> None:
+    from .. import plots
+    from ..finetune.comparison import read_runs
+
+    kind = args.kind or "boxes"
+    _check_kind(kind, tuple(RUNS), "runs")
+    given = {name: value for name in ("reference", "metric", "which") if (value := getattr(args, name)) is not None}
+    for name in [*(given.keys() - set(OF_RUNS[kind])), *(["titles"] if args.titles else [])]:
+        args.refuse(f"argument --{name}: not for --kind {kind} of runs")
+    getattr(plots, RUNS[kind])(read_runs(*args.files), args.out, **given)
 
 
 def _two(nouns: Sequence[Any]) -> Sequence[Any]:

@@ -4,7 +4,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from ..models import device_of, measuring, new_parameters, quiet_transformers
 from .methods.fixed_mask import new_names
 from .parts import forward_replaced, frozen, innermost
 from .regularizer import Applied, Regularizer
+
+if TYPE_CHECKING:
+    from .run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +72,11 @@ class Adapter(Regularizer):
 
         Raises:
             ModuleNotFoundError: If peft is not installed.
-            ValueError: If the model cannot have them.
+            ValueError: If the model cannot have them, or all its weights are random.
         """
         if self.added(model):
             return
+        head_names(model)  # which refuses a model of random weights
         with _undisturbed(model):
             torch.default_generator.manual_seed(int(storage.digest(f"adapter of seed {self.seed}"), 16) % 2**63)
             self.add(model)
@@ -211,19 +215,14 @@ class VirtualTokens(Adapter):
     @contextmanager
     def computing(self, model: nn.Module) -> Iterator[None]:
         """Put them before every text."""
-        inner, limit = model.forward, _positions(model)
+        inner = model.forward
         with _undisturbed(model):
             change = self.inputs(model)
 
         def forward(*args: Any, **inputs: Any) -> Any:
             inputs = dict(zip(inspect.signature(inner).parameters, args, strict=False)) | inputs
             text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
-            if limit is not None and text.shape[1] + self.virtual_tokens > limit:
-                raise ValueError(
-                    f"With {self.virtual_tokens} virtual tokens a text must have at most "
-                    f"{limit - self.virtual_tokens} tokens, as the model has {limit} positions, but one has "
-                    f"{text.shape[1]}; give --max-length or fewer --virtual-tokens."
-                )
+            self._check_length(model, text.shape[1])
             mask = inputs.get("attention_mask")
             mask = torch.ones(text.shape[:2], dtype=torch.long, device=text.device) if mask is None else mask
             inputs["attention_mask"] = torch.cat([mask.new_ones(len(mask), self.virtual_tokens), mask], 1)
@@ -231,6 +230,27 @@ class VirtualTokens(Adapter):
 
         with forward_replaced(model, forward):
             yield
+
+    @classmethod
+    def for_run(cls, run: "Run", **settings: Any) -> "VirtualTokens":
+        """For a run all of whose texts leave room for them.
+
+        Raises:
+            ValueError: If one does not.
+        """
+        made = super().for_run(run, **settings)
+        assert isinstance(made, VirtualTokens)
+        made._check_length(run.model, run.longest)
+        return made
+
+    def _check_length(self, model: nn.Module, tokens: int) -> None:
+        limit = _positions(model)
+        if limit is not None and tokens + self.virtual_tokens > limit:
+            raise ValueError(
+                f"With {self.virtual_tokens} virtual tokens a text must have at most {limit - self.virtual_tokens} "
+                f"tokens, as the model has {limit} positions, but one has {tokens}; give --max-length or fewer "
+                "--virtual-tokens."
+            )
 
     def _refusal(self, model: nn.Module) -> str:
         what = f"{self.name} needs a model that takes {self.needs}"

@@ -13,7 +13,12 @@ NUM_EXAMPLES = 512
 
 
 def pretraining_loss(
-    name: str | Path, data: str | Path, *, revision: str | None = None, trained: nn.Module | None = None
+    name: str | Path,
+    data: str | Path,
+    *,
+    revision: str | None = None,
+    device: str | None = None,
+    trained: nn.Module | None = None,
 ) -> float:
     r"""The loss of a checkpoint's own objective per scored token, :math:`\sum_n \ell_n / \sum_n T_n`, in nats.
 
@@ -21,12 +26,13 @@ def pretraining_loss(
         name: The checkpoint, with the head of its pretraining.
         data: Texts, as :func:`fisherscope.load_batches` takes them; at most 512 examples drawn by seed 0 are used.
         revision: Of the checkpoint on the Hub.
+        device: None means CUDA where there is one, or that of ``trained``.
         trained: A model of the same backbone whose weights the backbone gets; the head keeps its own.
 
     Raises:
         ValueError: If the checkpoint was saved without a head.
     """
-    device = None if trained is None else str(next(trained.parameters()).device)
+    device = device if trained is None else str(next(trained.parameters()).device)
     model, tokenizer = load_model(name, revision=revision, device=device)
     if trained is not None:
         take_backbone(model, trained)

@@ -44,6 +44,8 @@ def checked_tasks(
         raise ValueError("Fine-tuning needs a task, tasks or data, and one of them only.")
     if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
         raise ValueError(f"tasks must be a list of different tasks, got {tasks!r}.")
+    if exponent is not None and len(tasks) == 1:
+        raise ValueError("sampling_exponent goes with several tasks, but there is one; leave it out.")
     if exponent is not None and not 0 <= exponent < float("inf"):
         raise ValueError(f"sampling_exponent must be 0 or more, and finite; got {exponent:g}.")
     return tasks

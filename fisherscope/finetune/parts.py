@@ -13,6 +13,9 @@ from torch.optim import AdamW, Optimizer
 from .._typing import Bool
 from ..models import DropoutSite, layer_of
 
+SAME_MATRICES = "both compute with changed matrices in place of the same ones"
+"""Why methods that use :func:`reparametrized` for all matrices exclude each other."""
+
 Masks = Mapping[nn.Parameter, Bool[Tensor, "..."]]
 
 

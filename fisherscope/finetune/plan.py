@@ -1,6 +1,7 @@
 """What decides a fine-tuning: data, recipe, method."""
 
 import difflib
+import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -121,6 +122,15 @@ class Plan:
             **{name: value for name, value in self._extras().items() if value is not None},
         }
 
+    def local_models(self) -> dict[str, str]:
+        """Fingerprints of the weights in local folders that the plan names, by what names them.
+
+        Settings hold the last part of their names alone, which other folders may share.
+        """
+        named = {"model": self.model} | {name: v for name, v in self.settings.items() if isinstance(v, str)}
+        folders = {name: Path(value).expanduser() for name, value in named.items()}
+        return {name: found for name, folder in folders.items() if (found := _digest_of_weights(folder))}
+
     def _fingerprints(self) -> dict[str, str | None]:
         found = {"train": self.train.fingerprint, "validation": self.validation and self.validation.fingerprint}
         others = {plan.name: plan._fingerprints() for plan in self.others}
@@ -171,6 +181,15 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return storage.digest(*itertools.chain.from_iterable(parts))
 
 
+def _digest_of_weights(folder: Path) -> str | None:
+    """Of the files in a folder that hold weights; None if there are none."""
+    parts = []
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with path.open("rb") as file:
+            parts += [path.name, hashlib.file_digest(file, "sha256").hexdigest()]
+    return storage.digest(*parts) if parts else None
+
+
 def data_of(
     model: str,
     revision: str | None,
@@ -219,8 +238,10 @@ def check_method(method: str | Regularizer, settings: Mapping[str, Any]) -> None
     for name in names:
         if name not in METHODS:
             close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
-            hint = f", did you mean {close[0]!r}?" if close else "."
-            raise ValueError(f"The method must be one of {', '.join(sorted(METHODS))}; got {name!r}{hint}")
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ValueError(
+                f"There is no method {name!r}{hint}; the method must be one of {', '.join(sorted(METHODS))}."
+            )
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ValueError(f"Methods together must be different ones, but {method} has {twice} twice; name it once.")
     check_together(METHODS[name] for name in names)

@@ -2,7 +2,8 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from numbers import Integral, Real
+from typing import Literal, get_args
 
 from .. import distributed
 
@@ -37,16 +38,20 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be trained by."""
-        for name in ("batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("batch_size", "accumulate", *(["max_steps"] if self.max_steps is not None else [])):
+            value = getattr(self, name)
+            if not _is(value, Integral) or value < 1:
+                raise ValueError(f"{name} must be a whole number and at least 1, got {value!r}.")
         for name in ("epochs", "learning_rate"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}.")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}.")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is a share of the steps, at least 0 and below 1; got {self.warmup}.")
+            value = getattr(self, name)
+            if not _is(value, Real) or not 0 < value < math.inf:
+                raise ValueError(f"{name} must be a number above 0, and finite; got {value!r}.")
+        if not _is(self.weight_decay, Real) or not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be a number, at least 0 and finite; got {self.weight_decay!r}.")
+        if not _is(self.warmup, Real) or not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is a share of the steps, at least 0 and below 1; got {self.warmup!r}.")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}; got {self.precision!r}.")
 
     def steps_per_epoch(self, num_examples: int) -> int:
         """Optimizer steps for a pass over the training examples."""
@@ -60,3 +65,7 @@ class Recipe:
     def steps_of(self, steps_per_epoch: int) -> int:
         """The same, for epochs of so many steps."""
         return self.max_steps or math.ceil(self.epochs * steps_per_epoch)
+
+
+def _is(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

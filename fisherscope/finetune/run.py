@@ -40,6 +40,7 @@ class Run:
         renewed: Names of parameters that a method drew anew: they have no pretrained value any more.
         tokenizer: Of the model.
         fine_tuned: Gives the checkpoint as vanilla fine-tunes it, with the same recipe, examples and seed.
+        longest: Tokens of the longest text of all that the run trains on and measures.
     """
 
     model: "PreTrainedModel"
@@ -56,6 +57,7 @@ class Run:
     renewed: set[str] = field(default_factory=set)
     tokenizer: "PreTrainedTokenizerBase | None" = None
     fine_tuned: "Callable[[], PreTrainedModel] | None" = None
+    longest: int = 0
 
     def supply(self, name: str) -> Any:
         """What a regularizer's field of this name gets.

@@ -15,6 +15,7 @@ from .. import distributed, storage
 from .._progress import progress_bar
 from ..data import Batches
 from ..data.corruption import IGNORED
+from ..models import quiet_transformers
 from ..objectives import predict
 from .callback import RegularizerCallback
 from .evaluation import Evaluation
@@ -152,6 +153,17 @@ class _OurTrainer(Trainer):
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks
         return (loss, {}) if return_outputs else loss
 
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Any:
+        """As Trainer counts labels, where -100 is none; but a label that is a number may well be -100."""
+        labels = (batch["labels"] for batch in batch_samples)
+        counted = [{"labels": torch.zeros_like(y) if y.is_floating_point() else y} for y in labels]
+        return super()._get_num_items_in_batch(counted, device)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer does, without its bars, and its doubts about times of files."""
+        with quiet_transformers():
+            super()._save_checkpoint(*args, **kwargs)
+
     def view(self, model: nn.Module) -> nn.Module:
         """The model that a regularizer sees: without what ranks wrap it in."""
         return getattr(model, "module", model)
@@ -192,6 +204,7 @@ class Watch(TrainerCallback):
         self.seconds: list[float] = []
         self.rows: list[dict[str, Any]] = []  # of the last evaluation
         self._began, self._saved = 0.0, time.monotonic()
+        self._bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Begin the bar."""
@@ -205,7 +218,12 @@ class Watch(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End the bar."""
-        self._bar.close()
+        self.close()
+
+    def close(self) -> None:
+        """End the bar, of a training that raised, too, so that what it says is on a line of its own."""
+        if self._bar is not None:
+            self._bar.close()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Start the clock."""

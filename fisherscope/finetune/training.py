@@ -1,8 +1,9 @@
 """Whole fine-tunings: one training for every seed, a folder that says how, and what came out."""
 
 import contextlib
+import difflib
 import gc
-import json
+import inspect
 import logging
 import math
 import platform
@@ -10,16 +11,16 @@ import resource
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
@@ -28,10 +29,11 @@ from ..data import Batches, load_batches
 from ..data.sources import LABELLED_OBJECTIVES
 from ..masks import Mask
 from ..metrics import is_constant
-from ..models import describe, load_model, quiet_transformers, saved_classes, take_backbone
+from ..models import describe, load_model, quiet_transformers, saved_classes, shown_name, take_backbone
 from ..scores import FisherScores
 from .callback import RegularizerCallback, last_checkpoint
-from .evaluation import evaluated, measured
+from .evaluation import Evaluation, Rows, evaluated, measured
+from .folder import SPLITS, OtherSettings, add, begin, finish, leave, work_folder
 from .forgetting import pretraining_loss
 from .multitask import SharedBackbone, checked_tasks, together, with_tasks
 from .plan import Plan, check_method, data_of, recipe_of
@@ -49,8 +51,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class OtherSettings(ValueError):
-    """The folder of a run was begun with other settings."""
+T = TypeVar("T")
 
 
 def finetune(
@@ -147,11 +148,16 @@ def finetune(
     Raises:
         ValueError: If an argument is out of range, there is no such task or method, a setting is not one of the
             method's, or scores or a mask do not fit the model.
-        FileExistsError: If the folder holds results, or unfinished ones and ``resume`` is not set.
+        FileExistsError: If the folder holds results, or unfinished ones and ``resume`` is not set, or files of another
+            program under the names of these.
+        TypeError: If there is no such keyword.
     """
+    _check_keywords(recipe)
     check_method(method, settings or {})
-    if not seeds:
-        raise ValueError("Fine-tuning needs at least one seed, but there is none.")
+    _check_seeds(seeds)
+    given = [name for name, value in (("scores", scores), ("mask", mask)) if value is not None]
+    if given and not isinstance(method, str):
+        raise ValueError(f"A regularizer has its {given[0]} already; give {given[0]} with the name of a method only.")
     if init not in ("pretrained", "random"):
         raise ValueError(f"init must be pretrained or random; got {init!r}.")
     if init == "random" and measure_forgetting is not None:
@@ -184,150 +190,221 @@ def finetune(
     )
     plan = with_stages(plan, Recipe(**recipe), pretrain_text, pretrain_steps, intermediate_task, data_dir)
     plan = with_tasks(plan, others, sampling_exponent)
-    folder = None if out is None else Path(out)
-    if folder is not None:
-        problem = _begin(folder, plan.resolved(), resume) if distributed.is_first() else None
-        if problem := distributed.first_says(problem):
-            raise problem
+    numbers = [int(seed) for seed in seeds]
+    if out is None:
+        return _run_all(plan, numbers, None, None, save_model, progress)
+    folder = Path(out)
+    made, is_new = not folder.exists(), not (folder / "config.yaml").exists()
+    found = _on_first(lambda: begin(folder, plan.resolved(), plan.local_models(), numbers, resume, save_model))
     try:
-        return _run_all(plan, [int(seed) for seed in seeds], folder, save_model, progress)
+        return _run_all(plan, numbers, folder, found, save_model, progress)
     except Exception:
-        if folder is not None and distributed.is_first():
-            _leave(folder)
+        if is_new and distributed.is_first():
+            leave(folder, made)
         raise
 
 
-def _begin(folder: Path, settings: dict[str, Any], resume: bool) -> Exception | None:
-    """Put the settings into the folder of a run, where the same ones may stand already; else what is wrong."""
-    config = folder / "config.yaml"
-    if (folder / "results.json").exists() and not resume:
-        return FileExistsError(f"{folder} holds results; give resume=True (--resume) to read them, or another folder.")
-    if config.exists() and not resume:
-        return FileExistsError(
-            f"{folder} holds an unfinished run; give resume=True (--resume) to go on with it, or another folder."
-        )
-    if config.exists():
-        before = yaml.safe_load(config.read_text(encoding="utf-8"))
-        if found := storage.difference(before, settings):
-            return OtherSettings(
-                f"{folder} was begun with another setting: {found}; give the same ones, or another folder."
-            )
-        return None
-    with storage.atomic(config) as temporary:
-        temporary.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-    return None
+def _check_keywords(given: Mapping[str, Any]) -> None:
+    """Refuse what is no attribute of a recipe, and name the keyword that is most like it."""
+    known = [field.name for field in fields(Recipe)]
+    if unknown := next((name for name in given if name not in known), None):
+        all_known = [*known, *inspect.signature(finetune).parameters]
+        initials = [name for name in all_known if unknown == "".join(word[0] for word in name.split("_"))]
+        close = initials or difflib.get_close_matches(unknown, all_known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else "."
+        raise TypeError(f"finetune has no keyword {unknown}{hint}")
 
 
-def _leave(folder: Path) -> None:
-    """Take the settings away again if nothing was done under them, so that other ones can be tried."""
-    ours = ("config.yaml", "splits.json")
-    others = [file for file in folder.iterdir() if file.name not in ours and not file.name.startswith("seed-")]
-    begun = ("checkpoint-*", "*/checkpoint-*", "*/model")
-    if not others and not any(file for pattern in begun for file in folder.glob(f"seed-*/{pattern}")):
-        shutil.rmtree(folder)
+def _check_seeds(seeds: Sequence[int]) -> None:
+    if len(seeds) == 0:
+        raise ValueError("Fine-tuning needs at least one seed, but there is none.")
+    for seed in seeds:
+        if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+            raise ValueError(f"Seeds must be whole numbers from 0 to {2**32 - 1}; got {seed}.")
 
 
-def _found(folder: Path) -> Results | None:
-    """What earlier calls left: all seeds, or some of them."""
-    complete = folder / "results.json"
-    found = [path for path in (storage.part_path(complete), complete) if path.exists()]
-    return Results.load(found[0]) if found else None
+def _on_first(work: Callable[[], T]) -> T:
+    """What a function gives or raises on the first rank, on all of them."""
+    answer: Any = None
+    if distributed.is_first():
+        try:
+            answer = work()
+        except Exception as error:
+            answer = error
+    answer = distributed.first_says(answer)
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
-def _run_all(plan: Plan, seeds: Sequence[int], folder: Path | None, save_model: bool, progress: bool) -> Results:
-    results = Results(plan.title, plan.method_name, plan.main_metric, plan.resolved(), [])
-    if folder is not None:
-        results = distributed.first_says(_found(folder) if distributed.is_first() else None) or results
+def _run_all(
+    plan: Plan, seeds: Sequence[int], folder: Path | None, found: Results | None, save_model: bool, progress: bool
+) -> Results:
+    """Train with every seed that an earlier call has not left results of."""
+    results = found or Results(plan.title, plan.method_name, plan.main_metric, plan.resolved(), [])
     for seed in seeds:
         if seed in [run.seed for run in results.runs]:
-            if folder is not None and distributed.is_first():
-                shutil.rmtree(folder / f"seed-{seed}", ignore_errors=True)
             continue
         logger.info("%s on %s, seed %d.", plan.method_name, plan.title, seed)
         roles = plan.roles(seed)
         if folder is not None and distributed.is_first():
             key = seed if PROTOCOLS[plan.protocol].drawn_by == "run" else ALL
             by_task = {part.name: of_task for part, of_task in zip(plan.tasks, roles, strict=True)}
-            save_roles(folder / "splits.json", plan.protocol, key, by_task)
+            save_roles(folder / SPLITS, plan.protocol, key, by_task)
         with TemporaryDirectory() if folder is None else contextlib.nullcontext(folder) as place:
-            result, fingerprints, predictions = _train(
-                plan, seed, roles, Path(place), folder is not None, save_model, progress
-            )
+            files = _Files(work_folder(Path(place), seed), folder is not None, progress and distributed.is_first())
+            known = results.fingerprints.get("backbone")
+            result, fingerprints, predictions = _train(plan, seed, roles, files, known, save_model)
         facts = storage.provenance(device=_device_name(plan.device))
         results = replace(results, runs=[*results.runs, result], fingerprints=fingerprints, provenance=facts)
         if folder is not None and distributed.is_first():
-            _append_predictions(folder / "predictions.jsonl", seed, predictions)
-            results.save(storage.part_path(folder / "results.json"))
-            shutil.rmtree(folder / f"seed-{seed}", ignore_errors=True)
-    unfinished = None if folder is None else storage.part_path(folder / "results.json")
-    if folder is not None and unfinished is not None and unfinished.exists() and distributed.is_first():
-        with storage.atomic(folder / "run.json") as temporary:
-            temporary.write_text(json.dumps(results.provenance, indent=1), encoding="utf-8")
-        unfinished.replace(folder / "results.json")
+            add(folder, results, predictions)
+    if folder is not None and distributed.is_first():
+        finish(folder, results)
     return results
 
 
-def _append_predictions(path: Path, seed: int, predictions: Sequence[Mapping[str, Any]]) -> None:
-    """Rewrite the file with the rows of one more seed; rows of an earlier attempt at the seed are replaced."""
-    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in before if json.loads(line)["seed"] != seed]
-    with storage.atomic(path) as temporary:
-        rows = [*kept, *(json.dumps({"seed": seed, **row}) for row in predictions)]
-        temporary.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+@dataclass(frozen=True)
+class _Files:
+    """Where a seed keeps what it has done so far.
+
+    Attributes:
+        folder: Of the seed.
+        keep: Whether anything is kept.
+        shown: Whether to show a progress bar.
+    """
+
+    folder: Path
+    keep: bool
+    shown: bool
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """What a training works with: for every task a model, and the examples of every role.
+
+    Attributes:
+        models: As they begin.
+        tokenizer: Of all of them.
+        train: Training examples.
+        report: Examples to report, if there are any.
+        select: Examples that choose the epoch, likewise.
+        shared: Of several tasks.
+    """
+
+    models: "Sequence[PreTrainedModel]"
+    tokenizer: "PreTrainedTokenizerBase"
+    train: Sequence[Batches]
+    report: Sequence[Batches]
+    select: Sequence[Batches]
+    shared: SharedBackbone | None
+
+    @property
+    def model(self) -> "PreTrainedModel":
+        """The one that is trained."""
+        return self.models[0]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text."""
+        return max(e["input_ids"].size for part in (*self.train, *self.report, *self.select) for e in part.examples)
+
+    def steps(self, recipe: Recipe) -> int:
+        """Optimizer steps of the training."""
+        if self.shared is not None:
+            return recipe.steps_of(self.shared.steps_per_epoch)
+        return recipe.total_steps(self.train[0].num_examples)
+
+    def evaluation(self, plan: Plan) -> Evaluation | None:
+        """What is measured; None if there are no examples for it."""
+        if not self.report:
+            return None
+        if self.shared is not None:
+            return partial(measured, self.shared.evaluate, self.report, self.select)
+        alone = partial(_evaluated_alone, self.model, plan.objective)
+        return partial(measured, alone, self.report, self.select)
+
+    def fingerprints(self, plan: Plan) -> dict[str, str | None]:
+        """Of the weights, and of the examples where no seed draws them."""
+        weights = {"backbone": describe(self.model)["backbone_fingerprint"]}
+        if PROTOCOLS[plan.protocol].drawn_by == "run":
+            return weights
+        found = (_together([part.fingerprint for part in role]) for role in (self.train, self.report))
+        return dict(zip(("train", "validation"), found, strict=True)) | weights
+
+
+def _evaluated_alone(model: nn.Module, objective: str, found: Sequence[Batches]) -> tuple[Rows, dict[str, float]]:
+    return evaluated(model, found[0], objective)
 
 
 def _train(
-    plan: Plan, seed: int, roles: Sequence[Roles], place: Path, keep: bool, save_model: bool, progress: bool
+    plan: Plan, seed: int, roles: Sequence[Roles], files: _Files, known: str | None, save_model: bool
 ) -> tuple[SeedResult, dict[str, str | None], list[dict[str, Any]]]:
-    """One training, from the checkpoint of the model to its result."""
-    folder, shown = place / f"seed-{seed}", progress and distributed.is_first()
-    files = _Files(folder, keep, shown)
-    models, tokenizer = _models(plan, seed, files)
-    tasks = list(zip(plan.tasks, roles, strict=True))
-    batches = [_batches(part, of_task.train, tokenizer) for part, of_task in tasks]
-    report = [_batches(part, of_task.report, tokenizer) for part, of_task in tasks if of_task.report]
-    select = [_batches(part, of_task.select, tokenizer) for part, of_task in tasks if of_task.select]
-    model, train = models[0], batches[0]
-    weights = describe(model)["backbone_fingerprint"]
-    shared = SharedBackbone(plan.tasks, models, batches, plan.sampling_exponent or 0.0) if plan.others else None
-    if shared is None:
-        evaluate = partial(measured, lambda found: evaluated(model, found[0], plan.objective), report, select)
-        total = plan.recipe.total_steps(train.num_examples)
-    else:
-        evaluate = partial(measured, shared.evaluate, report, select)
-        total = plan.recipe.steps_of(shared.steps_per_epoch)
-    before = None if plan.forgetting is None else pretraining_loss(plan.model, plan.forgetting, revision=plan.revision)
-    facts = {**asdict(plan.recipe), "max_grad_norm": Recipe.MAX_GRAD_NORM}
-    run = Run(
-        model, train, plan.objective, total, seed, plan.scores, plan.mask, facts, plan.strict, folder if keep else None,
-        tokenizer=tokenizer, fine_tuned=None if shared else partial(_fine_tuned, plan, seed, "teacher", files),
-    )  # fmt: skip
-    regularizer = plan.regularizer(run)
+    """One training, from the checkpoint of the model to its result; ``known``: the backbone of the other seeds."""
+    loaded = _load(plan, seed, roles, files)
+    model, fingerprints = loaded.model, loaded.fingerprints(plan)
+    is_checkpoint = plan.before is None and plan.init == "pretrained"
+    if is_checkpoint and known not in (None, fingerprints["backbone"]):
+        raise OtherSettings(
+            f"The finished seeds began with other weights of {shown_name(plan.model)} ({known} there, "
+            f"{fingerprints['backbone']} now); give the same model, or another folder."
+        )
+    forgetting = _forgetting(plan)
+    regularizer = _regularizer(plan, seed, loaded, files)
     if save_model and not regularizer.stays:
         raise ValueError(
             f"What {plan.method_name} trains has no place in a plain Hugging Face folder; leave out --save-model."
         )
     trainer, watch = make_trainer(
-        plan, seed, folder, model, train, evaluate if report else None, regularizer, keep, shown, shared
-    )
-    known = _baselines(plan, roles, models, plain=not regularizer.has_penalty)
+        plan, seed, files.folder, model, loaded.train[0], loaded.evaluation(plan), regularizer, files.keep, files.shown,
+        loaded.shared,
+    )  # fmt: skip
+    of_labels = _baselines(plan, roles, loaded.models, plain=not regularizer.has_penalty)
     if model.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    _fit(trainer, seed, folder)
+    _fit(trainer, seed, files.folder)
     memory = _peak_memory(model)
     if save_model and distributed.is_first():
-        _save_all(plan, seed, model, tokenizer, shared, place)
-    forgetting = None
-    if plan.forgetting is not None and before is not None:
-        after = pretraining_loss(plan.model, plan.forgetting, revision=plan.revision, trained=model)
-        forgetting = {"before": before, "after": after}
-    fingerprints: dict[str, str | None] = {"backbone": weights}
-    if PROTOCOLS[plan.protocol].drawn_by != "run":
-        fingerprints = {
-            "train": _together([part.fingerprint for part in batches]),
-            "validation": _together([part.fingerprint for part in report]),
-        } | fingerprints
-    return _result(seed, trainer, watch, memory, forgetting, known), fingerprints, watch.rows
+        _save_all(plan, seed, loaded, files.folder)
+    forgetting |= _forgetting(plan, model)
+    return _result(seed, trainer, watch, memory, forgetting or None, of_labels), fingerprints, watch.rows
+
+
+def _load(plan: Plan, seed: int, roles: Sequence[Roles], files: _Files) -> _Loaded:
+    models, tokenizer = _models(plan, seed, files)
+    tasks = list(zip(plan.tasks, roles, strict=True))
+    train = [_batches(part, of_task.train, tokenizer) for part, of_task in tasks]
+    report = [_batches(part, of_task.report, tokenizer) for part, of_task in tasks if of_task.report]
+    select = [_batches(part, of_task.select, tokenizer) for part, of_task in tasks if of_task.select]
+    shared = SharedBackbone(plan.tasks, models, train, plan.sampling_exponent or 0.0) if plan.others else None
+    return _Loaded(models, tokenizer, train, report, select, shared)
+
+
+def _regularizer(plan: Plan, seed: int, loaded: _Loaded, files: _Files) -> Regularizer:
+    run = Run(
+        loaded.model,
+        loaded.train[0],
+        plan.objective,
+        loaded.steps(plan.recipe),
+        seed,
+        plan.scores,
+        plan.mask,
+        {**asdict(plan.recipe), "max_grad_norm": Recipe.MAX_GRAD_NORM},
+        plan.strict,
+        files.folder if files.keep else None,
+        tokenizer=loaded.tokenizer,
+        fine_tuned=None if loaded.shared else partial(_fine_tuned, plan, seed, "teacher", files),
+        longest=loaded.longest,
+    )
+    return plan.regularizer(run)
+
+
+def _forgetting(plan: Plan, trained: nn.Module | None = None) -> dict[str, float]:
+    """The loss of pretraining, if it is to be measured: before the training, or after it."""
+    if plan.forgetting is None:
+        return {}
+    loss = pretraining_loss(plan.model, plan.forgetting, revision=plan.revision, device=plan.device, trained=trained)
+    return {"before" if trained is None else "after": loss}
 
 
 def _baselines(
@@ -369,23 +446,8 @@ def _fit(trainer: Trainer, seed: int, folder: Path) -> None:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, RegularizerCallback):
+            if isinstance(callback, RegularizerCallback | Watch):
                 callback.close()
-
-
-@dataclass(frozen=True)
-class _Files:
-    """Where a seed keeps what it has done so far.
-
-    Attributes:
-        folder: Of the seed.
-        keep: Whether anything is kept.
-        shown: Whether to show a progress bar.
-    """
-
-    folder: Path
-    keep: bool
-    shown: bool
 
 
 def _fine_tuned(plan: Plan, seed: int, name: str, files: _Files) -> "PreTrainedModel":
@@ -423,22 +485,16 @@ def _models(plan: Plan, seed: int, files: _Files) -> "tuple[list[PreTrainedModel
     return models, loaded[0][1]
 
 
-def _save_all(
-    plan: Plan,
-    seed: int,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    shared: SharedBackbone | None,
-    place: Path,
-) -> None:
-    """Save the trained model, or that of every task, and those of the stages."""
-    if shared is None:
-        _save_model(model, tokenizer, place / f"model-seed-{seed}")
-    for name, part in shared.separate().items() if shared is not None else ():
-        _save_model(part, tokenizer, place / f"model-seed-{seed}-{name.rpartition(':')[2]}")
+def _save_all(plan: Plan, seed: int, loaded: _Loaded, work: Path) -> None:
+    """Save the trained model, or that of every task, and those of the stages, which the training's own folder has."""
+    place = work.parent
+    if loaded.shared is None:
+        _save_model(loaded.model, loaded.tokenizer, place / f"model-seed-{seed}")
+    for name, part in loaded.shared.separate().items() if loaded.shared is not None else ():
+        _save_model(part, loaded.tokenizer, place / f"model-seed-{seed}-{name.rpartition(':')[2]}")
     stage = plan.before
     while stage is not None:
-        made = place / f"seed-{seed}" / str(stage.stage) / "model"
+        made = work / str(stage.stage) / "model"
         shutil.copytree(made, place / f"{stage.stage}-seed-{seed}", dirs_exist_ok=True)
         stage = stage.before
 

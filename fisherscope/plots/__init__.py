@@ -1,8 +1,9 @@
-"""Figures from nouns: landscapes, scores and masks in, one file out.
+"""Figures from nouns: landscapes, scores, masks and runs in, one file out.
 
 The suffix of the output decides who draws: ``.pdf``, ``.png`` and ``.svg`` are made for print by matplotlib, ``.html``
 is one self-contained interactive page by plotly. The ``_prepare`` modules work out what is shown; ``_matplotlib`` and
-``_plotly`` have the same functions, which only draw. A new figure is one function in each.
+``_plotly`` have the same functions, which only draw, as have ``_matplotlib_runs`` and ``_plotly_runs``. A new figure
+is one function in each.
 """
 
 import importlib
@@ -18,11 +19,14 @@ from ..scores import FisherScores
 from ._prepare import By, Titles, Width, as_sequence
 from ._prepare_comparison import compared
 from ._prepare_landscapes import panels
+from ._prepare_runs import boxes, costs, learning, ranks, sizes
 from ._prepare_scores import layers, parameter_lines, sorted_lines, stability_lines
 from ._prepare_sites import sites_shown
 
 if TYPE_CHECKING:
+    from ..finetune.arms import Arm
     from ..finetune.methods.guided_dropout import GuidedSite
+    from ..finetune.results import Which
 
 __all__ = [
     "comparison",
@@ -30,8 +34,13 @@ __all__ = [
     "curves",
     "dropout_sites",
     "layer_scores",
+    "learning_curves",
     "page",
     "parameter_scores",
+    "run_boxes",
+    "run_costs",
+    "run_ranks",
+    "run_sizes",
     "sorted_scores",
     "stability",
     "surface",
@@ -324,11 +333,139 @@ def dropout_sites(sites: "Sequence[GuidedSite]", out: str | Path) -> Path:
     return _save(draw.dropout_sites(sites_shown(sites)), out)
 
 
-def _backend(out: str | Path) -> ModuleType:
+def run_boxes(
+    runs: "Sequence[Arm]",
+    out: str | Path,
+    *,
+    reference: str = "vanilla",
+    metric: str | None = None,
+    which: "Which | None" = None,
+) -> Path:
+    """Draw every run of methods of fine-tuning as a dot on a box over seeds, a panel for every task.
+
+    Boxes reach from the first to the third quartile, whiskers to the farthest run within 1.5 lengths of the box. Failed
+    runs are crosses; they are counted beside the row, those without a number too.
+
+    Args:
+        runs: Of :func:`fisherscope.read_runs`.
+        out: The file to write; its suffix is one of ``.pdf .png .svg .html``.
+        reference: The arm in the first row; its median is a line across.
+        metric: One for all tasks; None takes the main metric of each.
+        which: The epoch that counts, as for :func:`fisherscope.compare_methods`.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        TypeError: If something else than runs was given.
+        ValueError: If the suffix is unknown, or the runs cannot be compared, as :func:`fisherscope.compare_methods`
+            has it: there is no reference, a metric lacks, or they saw other examples.
+    """
+    draw = _backend(out, of_runs=True)
+    return _save(draw.run_boxes(boxes(runs, reference, metric, which)), out)
+
+
+def run_sizes(
+    runs: "Sequence[Arm]",
+    out: str | Path,
+    *,
+    reference: str = "vanilla",
+    metric: str | None = None,
+    which: "Which | None" = None,
+) -> Path:
+    r"""Draw the mean over seeds against the size of the training set, with its 95 % t interval, a panel for every task.
+
+    The interval is :math:`\bar x \pm t_{0.975, n - 1} \, s / \sqrt n`. The counterpart of figure 4 of arXiv 2406.14005.
+    Lines are moved sideways a little, so that intervals do not cover each other. Arguments are those of
+    :func:`run_boxes`.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        TypeError: If something else than runs was given.
+        ValueError: As for :func:`run_boxes`, and if there is one size only, or numbers of examples beside shares.
+    """
+    draw = _backend(out, of_runs=True)
+    return _save(draw.run_sizes(sizes(runs, reference, metric, which)), out)
+
+
+def run_ranks(
+    runs: "Sequence[Arm]", out: str | Path, *, metric: str | None = None, which: "Which | None" = None
+) -> Path:
+    """Draw mean ranks of methods over blocks (seeds of tasks), with Nemenyi's critical difference.
+
+    Bars join methods whose mean ranks differ by less than that (Demšar 2006, JMLR 7, section 3.2). Ties share their
+    rank, and a run without a number ranks last. Methods that lack a block are left out, and the figure says so.
+
+    Args:
+        runs: Of :func:`fisherscope.read_runs`.
+        out: The file to write; its suffix is one of ``.pdf .png .svg .html``.
+        metric: One for all tasks; None takes the main metric of each.
+        which: The epoch that counts, as for :func:`fisherscope.compare_methods`.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        TypeError: If something else than runs was given.
+        ValueError: If the suffix is unknown, the runs cannot be compared, or fewer than three methods have all blocks.
+    """
+    draw = _backend(out, of_runs=True)
+    return _save(draw.run_ranks(ranks(runs, metric, which)), out)
+
+
+def learning_curves(
+    runs: "Sequence[Arm]", out: str | Path, *, reference: str = "vanilla", metric: str | None = None
+) -> Path:
+    """Draw training loss and a metric on the report examples over the epochs, a pair of panels for every method.
+
+    Thin lines are runs, the thick one is their mean, the grey one the mean of the reference. Losses are as logged. What
+    the labels of the training examples alone give (their entropy, the majority class) is dotted, where it is known.
+
+    Args:
+        runs: Of :func:`fisherscope.read_runs`.
+        out: The file to write; its suffix is one of ``.pdf .png .svg .html``.
+        reference: The arm that all others are drawn beside.
+        metric: One for all tasks; None takes the main metric of each.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        TypeError: If something else than runs was given.
+        ValueError: As for :func:`run_boxes`.
+    """
+    draw = _backend(out, of_runs=True)
+    return _save(draw.learning_curves(learning(runs, reference, metric)), out)
+
+
+def run_costs(runs: "Sequence[Arm]", out: str | Path, *, reference: str = "vanilla") -> Path:
+    """Draw what methods cost: seconds of an optimizer step by those of the reference, and peak memory.
+
+    The time is the median over runs of their median steps, on devices of one kind; the memory is the most of all runs.
+
+    Args:
+        runs: Of :func:`fisherscope.read_runs`.
+        out: The file to write; its suffix is one of ``.pdf .png .svg .html``.
+        reference: The arm whose time is 1.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        TypeError: If something else than runs was given.
+        ValueError: As for :func:`run_boxes`.
+    """
+    draw = _backend(out, of_runs=True)
+    return _save(draw.run_costs(costs(runs, reference)), out)
+
+
+def _backend(out: str | Path, *, of_runs: bool = False) -> ModuleType:
     suffix = Path(out).suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"A figure ends in one of {' '.join(SUFFIXES)}, got {Path(out).name!r}; rename the output.")
-    return importlib.import_module(f".{SUFFIXES[suffix]}", __name__)
+    return importlib.import_module(f".{SUFFIXES[suffix]}{'_runs' if of_runs else ''}", __name__)
 
 
 def _check_width(width: str | None, out: str | Path) -> None:

@@ -25,7 +25,7 @@ MARKERS = "osD^vPX"
 
 _BAR, _BAR_LABELS = 0.10, 0.52  # the colour bar, and what stands to its right
 _NARROWEST, _WIDEST = 1.0, 3.6  # panel
-_DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
+DASHES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 _RULER_DPI = 300
 
 _OWN = {
@@ -203,7 +203,7 @@ class Single:
 
     def style(self, number: int) -> dict[str, Any]:
         """Colour, dashes and name of one series."""
-        dashes = _DASHES[number % len(_DASHES)]
+        dashes = DASHES[number % len(DASHES)]
         return {"color": COLOURS[number % len(COLOURS)], "linestyle": dashes, "label": self.names[number]}
 
     def finished(self) -> Figure:

@@ -209,7 +209,7 @@ def comparison(compared: Compared) -> go.Figure:
     height = max(160 + 26 * len(compared.labels), 480 if compared.histogram else 0) + footer
     figure = make_subplots(1, 2, horizontal_spacing=0.2) if compared.histogram else make_subplots(1, 1)
     figure.update_layout(_LOOK, height=height, margin={"t": 40, "b": footer, "l": 80, "r": 20}, showlegend=True)
-    _add_notes(figure, compared.notes, footer)
+    add_notes(figure, compared.notes, footer)
     place: dict[str, Any] = {"row": 1, "col": 2 if compared.histogram else 1}
     for number, line in enumerate((*compared.series, compared.chance)):
         figure.add_trace(_agreement_trace(compared, line, number), **place)
@@ -233,7 +233,7 @@ def dropout_sites(sites: Sites) -> go.Figure:
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04)
     height = 100 + 22 * len(rows) + footer
     figure.update_layout(_LOOK, height=height, margin={"t": 40, "b": footer, "l": 80, "r": 20}, showlegend=False)
-    _add_notes(figure, sites.notes, footer)
+    add_notes(figure, sites.notes, footer)
     names = list(map(html.escape, sites.names))
     look = {"width": 0.5, "marker": {"color": COLOURS[0]}, "hovertemplate": "%{customdata}: %{x:.4g}<extra></extra>"}
     figure.add_trace(go.Bar(x=sites.rates, y=rows, customdata=names, orientation="h", **look), row=1, col=1)
@@ -337,7 +337,7 @@ def _page(panels: Panels, *, kind: str) -> Any:
     )
     figure.update_annotations(yshift=6)
     figure.update_layout(_LOOK, height=height, margin={"t": header, "b": footer, "l": 60, "r": 20})
-    _add_notes(figure, notes, footer)
+    add_notes(figure, notes, footer)
     return figure
 
 
@@ -348,7 +348,7 @@ def _single(notes: Sequence[str], *, height: int = 420) -> go.Figure:
     figure.update_layout(
         _LOOK, height=height + footer, margin={"t": 40, "b": footer, "l": 80, "r": 20}, showlegend=True
     )
-    _add_notes(figure, notes, footer)
+    add_notes(figure, notes, footer)
     return figure
 
 
@@ -357,7 +357,8 @@ def _heading(panel: Panel) -> str:
     return f'{html.escape(panel.title)}<br><span style="font-size:12px;color:{_QUIET}">{notes}</span>'
 
 
-def _add_notes(figure: go.Figure, notes: Sequence[str], footer: int) -> None:
+def add_notes(figure: go.Figure, notes: Sequence[str], footer: int) -> None:
+    """Write what must be said into the lower margin of ``footer`` pixels."""
     figure.add_annotation(
         text="<br>".join(map(html.escape, notes)),
         x=0,

@@ -21,6 +21,9 @@ CONFIDENCE = 0.95
 LEVEL = 0.05
 """Of the critical difference."""
 
+JITTER = 0.26
+"""How far dots stand from the middle of a row of boxes, in rows."""
+
 METRIC_LABELS = {
     "accuracy": "accuracy (share of examples)",
     "f1": "F1",
@@ -51,6 +54,12 @@ class BoxRow:
     runs: int
     quartiles: tuple[float, float, float]
     whiskers: tuple[float, float]
+
+    @property
+    def offsets(self) -> Float[np.ndarray, "runs"]:
+        """How far the dots stand from the middle of the row, so that none covers another."""
+        count = len(self.seeds)
+        return np.linspace(-JITTER, JITTER, count) if count > 1 else np.zeros(count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,18 +155,33 @@ class Learning:
     Attributes:
         title: Of the task.
         names: Of the arms.
-        losses: One for each.
-        metrics: One for each.
+        courses: Of the loss, and of the metric; in both one for each arm.
         labels: Of the two quantities.
         levels: What the labels alone give of the two; None where it is not known.
     """
 
     title: str
     names: tuple[str, ...]
-    losses: tuple[Course, ...]
-    metrics: tuple[Course, ...]
+    courses: tuple[tuple[Course, ...], tuple[Course, ...]]
     labels: tuple[str, str]
     levels: tuple[float | None, float | None]
+
+    def limits(self, quantity: int) -> tuple[float, float]:
+        """The range of all trainings and the level, so that arms can be compared."""
+        level = self.levels[quantity]
+        values = np.concatenate(
+            [*(course.seeds.ravel() for course in self.courses[quantity]), [math.nan if level is None else level]]
+        )
+        values = values[np.isfinite(values)]
+        if not values.size:
+            return 0.0, 1.0
+        margin = 0.05 * (float(np.ptp(values)) or 1.0)
+        return float(values.min()) - margin, float(values.max()) + margin
+
+    @property
+    def epochs(self) -> float:
+        """Where the horizontal axis ends."""
+        return max((float(course.x.max()) for both in self.courses for course in both if course.x.size), default=1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,11 +218,12 @@ def boxes(runs: "Sequence[Arm]", reference: str, metric: str | None, which: "Whi
         TypeError: If something else than runs was given.
         ValueError: If they cannot be compared.
     """
-    comparison, groups = _compared(runs, "run_boxes", reference, metric, which)
+    given = _arms(runs, "run_boxes")
+    comparison, groups = _compared(given, reference, metric, which)
     names = _names(groups, reference)
     panels = []
-    for (group, rows), title in zip(groups.items(), _titles(list(groups)), strict=True):
-        arms = {row.arm: _arm(runs, row) for row in rows}
+    for rows, title in zip(groups.values(), _titles(list(groups)), strict=True):
+        arms = {row.arm: _arm(given, row) for row in rows}
         shown = {name: _box_row(arm, rows[0].metric, comparison.which) for name, arm in arms.items()}
         panels.append(
             BoxPanel(
@@ -224,21 +249,21 @@ def sizes(runs: "Sequence[Arm]", reference: str, metric: str | None, which: "Whi
         TypeError: If something else than runs was given.
         ValueError: If they cannot be compared, there is one size only, or there are numbers and shares.
     """
-    comparison, groups = _compared(runs, "run_sizes", reference, metric, which)
+    given = _arms(runs, "run_sizes")
+    comparison, groups = _compared(given, reference, metric, which)
     found = {group.train_size for group in groups if group.train_size is not None}
     are_shares = {size < 1 for size in found}
     if len(are_shares) > 1:
         raise ValueError(
-            f"run_sizes needs training sizes of one kind, got numbers of examples and shares of all ({_listed(found)}); "
-            "draw them in separate figures."
+            "run_sizes needs training sizes of one kind, got numbers of examples and shares of all "
+            f"({', '.join(f'{size:g}' for size in sorted(found))}); draw them in separate figures."
         )
     notes = [
-        "Lines: mean over seeds; bars: 95 % t interval of that mean, moved sideways a little where they would cover each "
-        "other.",
+        "Lines: mean over seeds; bars: 95 % t interval of that mean.",
         _epoch_note(comparison),
     ]
     if are_shares == {True}:
-        x_of: Mapping[float | None, float] = {size: float(size or 1.0) for size in [*found, None]}
+        x_of: Mapping[int | float | None, float] = {size: float(size or 1.0) for size in [*found, None]}
     else:
         x_of = {size: float(size) for size in found}
         if any(group.train_size is None for group in groups):
@@ -257,8 +282,6 @@ def sizes(runs: "Sequence[Arm]", reference: str, metric: str | None, which: "Whi
     models = {model for model, _ in by_task}
     panels = []
     for (model, task), ones in by_task.items():
-        metrics = {groups[one][0].metric for one in ones}
-        assert len(metrics) == 1, metrics  # the main metric belongs to the task
         rows = [row for one in ones for row in groups[one]]
         lines = tuple(
             _size_line(name, [row for row in rows if row.arm == name], x_of)
@@ -266,7 +289,7 @@ def sizes(runs: "Sequence[Arm]", reference: str, metric: str | None, which: "Whi
             if any(row.arm == name and row.summary.mean is not None for row in rows)
         )
         title = task if len(models) == 1 else f"{task}, {model}"
-        panels.append(SizePanel(title, _metric_label(metrics.pop(), _arm(runs, rows[0])), lines))
+        panels.append(SizePanel(title, _metric_label(rows[0].metric, _arm(given, rows[0])), lines))
     if len(models) == 1:
         notes.append(f"Model: {models.pop()}.")
     ticks = tuple(sorted({x_of[one.train_size] for ones in by_task.values() for one in ones}))
@@ -277,25 +300,30 @@ def sizes(runs: "Sequence[Arm]", reference: str, metric: str | None, which: "Whi
 def ranks(runs: "Sequence[Arm]", metric: str | None, which: "Which | None") -> Ranks:
     """Mean ranks over blocks, a block being one seed of one task, training size and model.
 
+    A block counts if at least half of the arms have it.
+
     Raises:
         TypeError: If something else than runs was given.
         ValueError: If fewer than three arms have all blocks, or there are fewer than two blocks.
     """
     given = _arms(runs, "run_ranks")
-    blocks = sorted({block for arm in given for block in _blocks(arm)}, key=lambda block: (block[0].order, block[1]))
     owned = {name: {b for arm in given if arm.method == name for b in _blocks(arm)} for name in _methods(given)}
-    lacking = {name: len(blocks) - len(own) for name, own in owned.items() if len(own) < len(blocks)}
+    everywhere = set().union(*owned.values())
+    usual = {block for block in everywhere if 2 * sum(block in own for own in owned.values()) >= len(owned)}
+    blocks = sorted(usual, key=lambda block: (block[0].order, block[1]))
+    lacking = {name: len(usual - own) for name, own in owned.items() if usual - own}
     names = [name for name in owned if name not in lacking]
-    told = ", ".join(f"{name} ({count} of {len(blocks)} missing)" for name, count in lacking.items())
+    told = ", ".join(f"{name} ({count} of {len(blocks)} blocks missing)" for name, count in lacking.items())
     if len(names) < 3 or len(blocks) < 2:
         raise ValueError(
-            "run_ranks needs at least three methods that all have the same seeds on the same tasks, two or more, got "
-            f"{', '.join(names) or 'none'} with {len(blocks)}"
-            + (f", without {told}" if told else "")
-            + "; run what is missing, or leave folders out."
+            "run_ranks needs at least three methods that all have the same blocks (seeds of tasks), two or more, got "
+            f"{len(names)} with {len(blocks)}{f', without {told}' if told else ''}; run what is missing, or leave "
+            "folders out."
         )
+    if rare := len(everywhere) - len(blocks):
+        told += f"{', ' if told else ''}{rare} block{'s' * (rare > 1)} that fewer than half of the methods have"
     kept = [arm for arm in given if arm.method in names]
-    comparison, groups = _compared(kept, "run_ranks", names[0], metric, which)
+    comparison, groups = _compared(kept, names[0], metric, which)
     worths = np.array([[_worth(kept, name, block, groups, comparison) for name in names] for block in blocks])
     ranked = np.array([stats.rankdata(-row) for row in worths])
     means = ranked.mean(axis=0)
@@ -304,7 +332,8 @@ def ranks(runs: "Sequence[Arm]", metric: str | None, which: "Which | None") -> R
     test = stats.friedmanchisquare(*ranked.T) if (np.ptp(ranked, axis=1) > 0).any() else None
     p = "p = 1, as all are tied" if test is None else f"p = {test.pvalue:.2g}"
     notes = [
-        f"Mean ranks over {len(blocks)} blocks (one seed of one task{_and_size(groups)}); 1 is best; ties share their rank.",
+        f"Mean ranks over {len(blocks)} blocks (one seed of one task{_and_size(groups)}); 1 is best; ties share their "
+        "rank.",
         f"Friedman test that all methods rank alike: {p}. Nemenyi: critical difference {critical:.2f} at the level "
         f"{LEVEL:g}; methods joined by a bar differ by less.",
         "Seeds of one task are no tasks of their own: for other tasks the tests promise too much.",
@@ -353,10 +382,11 @@ def learning(runs: "Sequence[Arm]", reference: str, metric: str | None) -> Learn
         TypeError: If something else than runs was given.
         ValueError: If they cannot be compared.
     """
-    _, groups = _compared(runs, "learning_curves", reference, metric, "last")
+    given = _arms(runs, "learning_curves")
+    _, groups = _compared(given, reference, metric, "last")
     tasks = []
-    for (group, rows), title in zip(groups.items(), _titles(list(groups)), strict=True):
-        arms = [_arm(runs, row) for row in rows]
+    for rows, title in zip(groups.values(), _titles(list(groups)), strict=True):
+        arms = [_arm(given, row) for row in rows]
         shown = rows[0].metric
         objective = str(arms[0].settings.get("objective"))
         baselines = next((arm.baselines for arm in arms if arm.baselines), {})
@@ -364,13 +394,15 @@ def learning(runs: "Sequence[Arm]", reference: str, metric: str | None) -> Learn
             Learning(
                 title,
                 tuple(arm.method for arm in arms),
-                tuple(_course(arm, [_logged(run) for run in arm.runs]) for arm in arms),
-                tuple(_course(arm, [_measured(run, shown) for run in arm.runs]) for arm in arms),
+                (
+                    tuple(_course(arm, [_logged(run) for run in arm.runs]) for arm in arms),
+                    tuple(_course(arm, [_measured(run, shown) for run in arm.runs]) for arm in arms),
+                ),
                 (f"training {LOSS_LABELS.get(objective, 'loss')}", _metric_label(shown, arms[0])),
                 (baselines.get("label_entropy"), baselines.get(shown)),
             )
         )
-    failed = any(course.failed.any() for task in tasks for course in task.losses)
+    failed = any(course.failed.any() for task in tasks for course in task.courses[0])
     levels = any(level is not None for task in tasks for level in task.levels)
     notes = [
         "Thin: single runs; thick: their mean, which ends where one of them has no number; grey: mean of "
@@ -389,9 +421,10 @@ def costs(runs: "Sequence[Arm]", reference: str) -> Costs:
         TypeError: If something else than runs was given.
         ValueError: If they cannot be compared.
     """
-    _, groups = _compared(runs, "run_costs", reference, None, "last")
+    given = _arms(runs, "run_costs")
+    _, groups = _compared(given, reference, None, "last")
     panels, seconds = [], []
-    for (group, rows), title in zip(groups.items(), _titles(list(groups)), strict=True):
+    for rows, title in zip(groups.values(), _titles(list(groups)), strict=True):
         panels.append(
             CostPanel(
                 title,
@@ -402,7 +435,7 @@ def costs(runs: "Sequence[Arm]", reference: str) -> Costs:
         )
         if rows[0].time is not None:
             seconds.append(f"{rows[0].time:.3g} s on {title}")
-    devices = sorted({device for arm in runs for device in arm.devices})
+    devices = sorted({device for arm in given for device in arm.devices})
     notes = [
         f"Time: median over runs of the median step; {reference} takes {', '.join(seconds)}."
         if seconds
@@ -423,10 +456,9 @@ def _arms(runs: "Sequence[Arm]", plot: str) -> "list[Arm]":
 
 
 def _compared(
-    runs: "Sequence[Arm]", plot: str, reference: str, metric: str | None, which: "Which | None"
+    given: "Sequence[Arm]", reference: str, metric: str | None, which: "Which | None"
 ) -> "tuple[Comparison, dict[Group, list[Row]]]":
     """What tables would show, so that figures refuse what they refuse; without means over tasks."""
-    given = _arms(runs, plot)
     from ..finetune.comparison import compare_methods
 
     comparison = compare_methods(given, reference=reference, metric=metric, which=which)
@@ -467,10 +499,6 @@ def _and_size(groups: "Iterable[Group]") -> str:
     return " and training size" if len({group.train_size for group in groups}) > 1 else ""
 
 
-def _listed(numbers: Iterable[float]) -> str:
-    return ", ".join(f"{number:g}" for number in sorted(numbers))
-
-
 def _epoch_note(comparison: "Comparison") -> str:
     from ..finetune.tables import EPOCHS
 
@@ -500,7 +528,7 @@ def _box_row(arm: "Arm", metric: str, which: "Which") -> BoxRow:
     return BoxRow(values, seeds, failed, len(failures), len(trained), (low, middle, high), whiskers)
 
 
-def _size_line(name: str, rows: "Sequence[Row]", x_of: Mapping[float | None, float]) -> SizeLine:
+def _size_line(name: str, rows: "Sequence[Row]", x_of: Mapping[int | float | None, float]) -> SizeLine:
     ordered = sorted((row for row in rows if row.summary.mean is not None), key=lambda row: x_of[row.group.train_size])
     means = np.array([row.summary.mean for row in ordered], dtype=np.float64)
     reach = np.array([_reach(row.summary.std, row.summary.measured) for row in ordered])

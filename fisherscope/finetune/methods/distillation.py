@@ -1,7 +1,7 @@
 """Knowledge distillation: a model learns what another one, the teacher, says about the examples."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from ..._typing import Float
 from ...data.sources import LABELLED_OBJECTIVES
 from ...models import device_of, infer_objective, load_model, measuring, saved_objective
 from ...objectives import Batch, Predictions, predict
-from ..regularizer import Applied, Regularizer
+from ..regularizer import Applied, Regularizer, Unfit
 from ..run import Run
 from .label_smoothing import check_classes, summed
 
@@ -53,6 +53,8 @@ class Distillation(Regularizer):
     """
 
     name: ClassVar[str] = "distillation"
+    unfit: ClassVar[Mapping[Unfit, str]] = {"several tasks": "it learns from a teacher, who knows one task"}
+
     teacher: nn.Module | Teacher
     weight: float = 0.5
     temperature: float = 2.0

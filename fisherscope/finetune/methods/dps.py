@@ -48,6 +48,7 @@ class DPSDense(Regularizer):
     """
 
     name: ClassVar[str] = "dps-dense"
+    excludes: ClassVar[Mapping[str, str]] = {"dps-mix": "both choose what the second stage trains"}
 
     total_steps: int
     drop: float = 0.3

@@ -119,10 +119,18 @@ def new_names(model: nn.Module) -> set[str]:
     """The parameters outside the base model, which are the head of the task, and those that its checkpoint lacked.
 
     A pooler that came with the checkpoint is not among them.
+
+    Raises:
+        ValueError: If the checkpoint lacked them all.
     """
-    prefix, inside = backbone_prefix(model), set(backbone_names(model))
+    prefix, inside, new = backbone_prefix(model), set(backbone_names(model)), set(new_parameters(model))
+    if new and inside <= new:
+        raise ValueError(
+            "This method trains what a checkpoint lacks, but all weights of this model are drawn at random; begin with "
+            "pretrained ones, or take another method."
+        )
     outside = {n for n, _ in model.named_parameters() if n not in inside and not (prefix and n.startswith(prefix))}
-    return outside | set(new_parameters(model))
+    return outside | new
 
 
 def scores_of(scores: FisherScores, model: nn.Module, names: Collection[str]) -> FisherScores:

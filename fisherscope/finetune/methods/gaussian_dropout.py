@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from ...models import backbone_prefix, dropout_sites
 from ..parts import forward_replaced, rates_set
 from ..regularizer import Applied, Regularizer
+from .guided_dropout import SAME_DROPOUT
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class GaussianDropout(Regularizer):
     """
 
     name: ClassVar[str] = "gaussian-dropout"
+    excludes: ClassVar[Mapping[str, str]] = {"guided-dropout": SAME_DROPOUT, "mixout": SAME_DROPOUT}
+
     rate: float = 0.1
     variant: Literal["matched", "published"] = "matched"
 

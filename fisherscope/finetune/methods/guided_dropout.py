@@ -1,7 +1,7 @@
 """Guided dropout: less dropout where the Fisher information is high."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -18,6 +18,8 @@ from ..regularizer import Applied, Regularizer
 logger = logging.getLogger(__name__)
 
 By = Literal["rank", "score"]
+
+SAME_DROPOUT = "both take the place of the dropout of the backbone"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class GuidedDropout(Regularizer):
     """
 
     name: ClassVar[str] = "guided-dropout"
+    excludes: ClassVar[Mapping[str, str]] = {"mixout": SAME_DROPOUT}
+
     scores: FisherScores
     highest: float = 0.099
     lowest: float = 0.0

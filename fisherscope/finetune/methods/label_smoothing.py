@@ -1,5 +1,6 @@
 """Label smoothing: every class gets a share of every label."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from ..._typing import Bool, Float
 from ...data.corruption import IGNORED
 from ...objectives import Batch, Predictions
-from ..regularizer import Regularizer
+from ..regularizer import Regularizer, Unfit
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class LabelSmoothing(Regularizer):
     """
 
     name: ClassVar[str] = "label-smoothing"
+    unfit: ClassVar[Mapping[Unfit, str]] = {"regression": "it needs classes to spread a label over"}
+
     weight: float = 0.1
     over: Literal["all", "others"] = "all"
 

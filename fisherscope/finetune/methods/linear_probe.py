@@ -25,8 +25,12 @@ class LinearProbe(Regularizer):
     name: ClassVar[str] = "linear-probe"
     order: ClassVar[int] = -2
     excludes: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("weight-decay-pretrained", "l2-sp", "recadam", "mixout", "layerwise-lr-decay", "gradual-unfreezing"), _FROZEN
-    )
+        (
+            "bitfit", "child-tuning-d", "fish-mask", "fixed-mask", "gradual-unfreezing", "l2-sp", "layerwise-lr-decay",
+            "lnsr", "mixout", "random-mask", "recadam", "top-k-layers", "weight-decay-pretrained", "weights-mixup",
+        ),
+        _FROZEN,
+    )  # fmt: skip
 
     @contextmanager
     def applied_to(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Applied]:

@@ -23,12 +23,12 @@ class LNSR(OfPasses):
     .. math::  \ell = \ell_{\text{task}} + \lambda \sum_{r > b} \big\| h_r(x_b + e) - h_r(x_b) \big\|^2, \qquad
                e \sim N\big(0, \tfrac{s^2}{d} \|x_b\|^2\big)
 
-    for every example, in the mean over its tokens without padding, times the number of its scored tokens, which is 1
-    for labels. :math:`x_b` is what layer :math:`b` gives to the next one, of width :math:`d`, and :math:`h_r` the
-    output of layer :math:`r` (Hua et al. 2021, arXiv 2107.04835). Both passes have the same dropout. The layers are
-    counted in the order that a pass calls them, the decoder's after the encoder's. We know of no code of the authors':
-    noise relative to the norm of every token, one weight for all layers, gradients through both passes, and the
-    defaults are ours. A step takes about twice as long.
+    for every example, in the mean over its tokens without padding (virtual ones count), times the number of its scored
+    tokens, which is 1 for labels. :math:`x_b` is what layer :math:`b` gives to the next one, of width :math:`d`, and
+    :math:`h_r` the output of layer :math:`r` (Hua et al. 2021, arXiv 2107.04835). Both passes have the same dropout.
+    The layers are counted in the order that a pass calls them, the decoder's after the encoder's. We know of no code of
+    the authors': noise relative to the norm of every token, one weight for all layers, gradients through both passes,
+    and the defaults are ours. A step takes about twice as long.
 
     Attributes:
         weight: Of the squared distances, lambda, the same for all layers; 0 is fine-tuning as it is, with one pass.
@@ -176,6 +176,11 @@ def _distance(a: Tensor, b: Tensor, lookup: Lookup | None) -> Tensor:
     """The squared distance of hidden states, in the mean over the tokens of each example."""
     by_token = (a.to(exact_dtype(a)) - b.to(exact_dtype(b))).square().sum(-1)
     axis = 0 if lookup is None else lookup.axis
-    fits = lookup is not None and lookup.tokens.shape == by_token.shape
-    tokens = lookup.tokens if fits else torch.ones_like(by_token, dtype=torch.bool)  # pyright: ignore
-    return (by_token * tokens).sum(1 - axis) / tokens.sum(1 - axis).clamp(min=1)
+    by_token = by_token.movedim(axis, 0)
+    tokens = torch.ones_like(by_token, dtype=torch.bool)
+    if lookup is not None:
+        read = lookup.tokens.movedim(axis, 0)
+        text = tokens[:, -read.shape[1] :]  # virtual tokens stand before it
+        if text.shape == read.shape:
+            text.copy_(read)
+    return (by_token * tokens).sum(1) / tokens.sum(1).clamp(min=1)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ... import storage
 from ...models import dropout_sites
-from ..parts import after_steps, anchored, rates_set, reparametrized, weight_matrices
+from ..parts import SAME_MATRICES, after_steps, anchored, rates_set, reparametrized, weight_matrices
 from ..regularizer import Applied, Regularizer
 
 Granularity = Literal["input", "element"]
@@ -46,7 +46,11 @@ class Mixout(Regularizer):
     """
 
     name: ClassVar[str] = "mixout"
-    excludes: ClassVar[Mapping[str, str]] = dict.fromkeys(("lora", "prefix-tuning", "prompt-tuning"), _FROZEN)
+    excludes: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("bitfit", "lora", "prefix-tuning", "prompt-tuning"), _FROZEN),
+        "dps-mix": SAME_MATRICES,
+        "weights-mixup": SAME_MATRICES,
+    }
 
     anchor: Mapping[str, Tensor]
     rate: float = 0.7

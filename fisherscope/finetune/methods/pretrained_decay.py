@@ -38,7 +38,11 @@ class PretrainedDecay(Regularizer):
     """
 
     name: ClassVar[str] = "weight-decay-pretrained"
-    excludes: ClassVar[Mapping[str, str]] = {"recadam": DOUBLE_PULL, "l2-sp": DOUBLE_PULL}
+    excludes: ClassVar[Mapping[str, str]] = {
+        "recadam": DOUBLE_PULL,
+        "l2-sp": DOUBLE_PULL,
+        "bitfit": "the matrices to be pulled would be frozen",
+    }
 
     anchor: Mapping[str, Tensor]
 

@@ -1,6 +1,6 @@
 """R3F and R4F: predictions must not change when the word embeddings move a little."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ...models import infer_objective
+from ...models import OTHER_TASKS, infer_objective
 from ...objectives import Batch, Predictions, is_language_model
-from ..parts import reparametrized
+from ..parts import SAME_MATRICES, reparametrized
 from ..regularizer import Applied, Regularizer
 from ..smoothness import Dropout, Lookup, OfPasses, exact_dtype, normal, symmetric_divergence
 
@@ -96,10 +96,10 @@ class R4F(R3F):
 
     .. math::  \hat W = W / \sigma_{\max}(W)
 
-    for the weight :math:`W` of the linear layer that gives the logits (arXiv 2008.03156, section 2). The norm is
-    exact in every pass, from singular values, and gradients flow through it; power iteration, which the authors use,
-    approaches it. The model computes with :math:`\hat W` in eval mode, too; after the training it is written into the
-    plain weight, so that a saved model needs nothing else.
+    for the weight :math:`W` of the linear layer that gives the logits, of every task (arXiv 2008.03156, section 2). The
+    norm is exact in every pass, from singular values, and gradients flow through it; power iteration, which the authors
+    use, approaches it. The model computes with :math:`\hat W` in eval mode, too; after the training it is written into
+    the plain weight, so that a saved model needs nothing else.
 
     Attributes:
         weight: Of the divergence, lambda; 0 leaves a head with spectral norm 1, with one pass.
@@ -113,6 +113,7 @@ class R4F(R3F):
     """
 
     name: ClassVar[str] = "r4f"
+    excludes: ClassVar[Mapping[str, str]] = {"dps-mix": SAME_MATRICES}
 
     @contextmanager
     def applied_to(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Applied]:
@@ -121,15 +122,15 @@ class R4F(R3F):
         Raises:
             ValueError: If no linear layer gives the logits, or it is shared with the embeddings.
         """
-        name = last_layer(model)
-        weight = model.get_parameter(name)
+        names = last_layers(model)
         with super().applied_to(model, optimizer) as applied:
             try:
-                with reparametrized(model, {name: normalised}):
+                with reparametrized(model, dict.fromkeys(names, normalised)):
                     yield applied
             finally:
                 with torch.no_grad():
-                    weight.copy_(normalised(weight))
+                    for weight in map(model.get_parameter, names):
+                        weight.copy_(normalised(weight))
 
 
 def normalised(weight: Tensor) -> Tensor:
@@ -138,17 +139,19 @@ def normalised(weight: Tensor) -> Tensor:
     return (exact / torch.linalg.matrix_norm(exact, 2).clamp(min=1e-12)).to(weight.dtype)
 
 
-def last_layer(model: nn.Module) -> str:
-    """Name of the weight of the linear layer that gives the logits of a head with labels.
+def last_layers(model: nn.Module) -> list[str]:
+    """Names of the weights of the linear layers that give the logits of heads with labels, one for every task.
 
     Raises:
         ValueError: If there is none.
     """
     outputs = getattr(getattr(model, "config", None), "num_labels", None)
-    found = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m.out_features == outputs]
-    if is_language_model(infer_objective(model)) or not found:
+    linear = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    own = [n for n, m in linear.items() if m.out_features == outputs and not n.startswith(f"{OTHER_TASKS}.")]
+    others = {n.split(".")[1]: n for n in linear if n.startswith(f"{OTHER_TASKS}.")}  # the last of each head
+    if is_language_model(infer_objective(model)) or not own:
         raise ValueError(
             f"R4F normalises the linear layer that gives the logits of a few labels, but a {type(model).__name__} has "
             "none; take R3F for it."
         )
-    return f"{found[-1]}.weight"
+    return [f"{name}.weight" for name in (own[-1], *others.values())]

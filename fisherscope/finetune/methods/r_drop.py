@@ -34,7 +34,7 @@ class RDrop(Regularizer):
     """
 
     name: ClassVar[str] = "r-drop"
-    order: ClassVar[int] = 1
+    order: ClassVar[int] = 1  # it asks for dropout, which others change
     weight: float = 1.0
 
     def __post_init__(self) -> None:

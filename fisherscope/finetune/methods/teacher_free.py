@@ -47,10 +47,12 @@ class TeacherFreeDistillation(Distillation):
             settings: The fields.
 
         Raises:
-            ValueError: If a setting is out of range.
+            ValueError: If a setting is out of range, or there are no classes for a virtual teacher.
         """
         if variant not in ("self", "virtual"):
             raise ValueError(f"variant must be 'self' or 'virtual', got {variant!r}.")
+        if variant == "virtual" and run.objective == "regression":
+            raise ValueError("A virtual teacher needs classes, which regression has not; take variant self.")
         virtual = VirtualTeacher(confidence)
         return cls(virtual, **settings) if variant == "virtual" else super().for_run(run, **settings)
 

@@ -1,7 +1,7 @@
 """Adam without bias correction, as BERT was first fine-tuned."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from ..parts import around_steps, the_adamw
-from ..regularizer import Applied, Regularizer
+from ..regularizer import Applied, Regularizer, Unfit
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,9 @@ class Undebiased(Regularizer):
     """
 
     name: ClassVar[str] = "vanilla-undebiased"
+    unfit: ClassVar[Mapping[Unfit, str]] = {
+        "several tasks": "it needs parameters that took equally many steps, and heads do not"
+    }
 
     @contextmanager
     def applied_to(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Applied]:

@@ -16,7 +16,7 @@ from ... import distributed
 from ...models import backbone_prefix, device_of, measuring
 from ...objectives import Batch, predict
 from ..bilevel import hypergradient, set_values
-from ..parts import is_in_numbered_layer, reparametrized, weight_matrices
+from ..parts import SAME_MATRICES, is_in_numbered_layer, reparametrized, weight_matrices
 from ..regularizer import Applied, Regularizer
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 Factors = tuple[Tensor, Tensor]
 Form = Literal["convex", "published"]
+
+_MOVED = "its search moves all weights, and the other keeps most of them as they were"
 
 SPREAD = 0.005
 """Standard deviation of the factors around 1, before they are searched for."""
@@ -60,7 +62,11 @@ class WeightsMixup(Regularizer):
     """
 
     name: ClassVar[str] = "weights-mixup"
-    order: ClassVar[int] = 1
+    order: ClassVar[int] = 1  # its search changes the weights, which are the anchors of others
+    excludes: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("bitfit", "fish-mask", "fixed-mask", "random-mask", "top-k-layers"), _MOVED),
+        "dps-mix": SAME_MATRICES,
+    }
 
     factors: Mapping[str, Factors]
     anchor: Mapping[str, Tensor]
@@ -320,11 +326,11 @@ class _Search:
         with torch.no_grad():
             for factor in self.factors:
                 factor.clamp_(0, 1)
+        self.lower.zero_grad()  # whatever the caller has left, too
         inner().backward(inputs=self.weights)
         if limit := self.run.settings.get("max_grad_norm", 1.0):
             nn.utils.clip_grad_norm_(self.weights, limit)
         self.lower.step()
-        self.lower.zero_grad()
 
     def loss(self, batch: Batch, seed: int) -> Tensor:
         """As the run has it, with the dropout of a seed."""
