@@ -1,6 +1,7 @@
 """Tiny models from configs, examples of unequal length, and the padding that makes batches of them."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -263,6 +264,16 @@ def case(name: str, lengths: Sequence[int] = LENGTHS, seed: int = 0, **settings:
 def seeded() -> None:
     """Modules that a test makes by hand start from the same weights every time."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_in_a_new_process() -> None:
+    """A command that another test ran here left a handler, which writes to what was standard error then."""
+    for name in ("fisherscope", "fisherscope.finetune"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.setLevel(logging.NOTSET)
+        logger.propagate = True
 
 
 @pytest.fixture

@@ -489,7 +489,6 @@ def test_real_runs_are_drawn_with_all_their_seeds():
         (["--kind", "cost", "--metric", "loss"], "argument --metric: not for --kind cost of runs"),
         (["--kind", "ranks", "--reference", "vanilla"], "argument --reference: not for --kind ranks of runs"),
         (["--titles", "a"], "argument --titles: not for --kind boxes of runs"),
-        (["--kind", "layers"], "--kind layers does not draw runs; take one of boxes, sizes, ranks, learning, cost."),
     ],
 )
 def test_flags_without_effect_on_runs_are_refused(
@@ -499,3 +498,9 @@ def test_flags_without_effect_on_runs_are_refused(
         main(["plot", str(REAL / "similarity"), "--out", str(tmp_path / "a.png"), *flags])
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "a.png").exists()
+
+
+def test_kinds_of_other_figures_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["plot", str(REAL / "similarity"), "--out", str(tmp_path / "a.png"), "--kind", "layers"]) == 1
+    sentence = "--kind layers does not draw runs; take one of boxes, sizes, ranks, learning, cost."
+    assert sentence in capsys.readouterr().err

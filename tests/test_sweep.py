@@ -159,7 +159,7 @@ class TestFile:
             ({"epochs": "three"}, "epochs must be a number; got 'three', in the arm vanilla"),
             ({"epochs": True}, "epochs must be a number; got True"),
             ({"batch_size": 2.5}, "batch_size must be a whole number; got 2.5"),
-            ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+            ({"batch_size": 0}, "batch_size must be a whole number and at least 1, got 0"),
             ({"precision": "fp8"}, "precision must be one of float32, bfloat16, float16; got 'fp8'"),
             ({"save_model": "yes"}, "save_model must be true or false; got 'yes'"),
             ({"scores": 3}, "scores must be a file or null; got 3"),

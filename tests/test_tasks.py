@@ -107,9 +107,9 @@ HUB_ORDER = {
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What the package logs, also after a command has taken its messages over."""
-    monkeypatch.setattr(logging.getLogger("fisherscope"), "propagate", True)
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    """What the package logs; a command leaves a logger alone that has a handler."""
+    logging.getLogger("fisherscope").addHandler(caplog.handler)
     caplog.set_level(logging.INFO, logger="fisherscope")
     return caplog
 
@@ -327,14 +327,14 @@ def fisher(model: Path, out: Path, *words: object) -> int:
 
 
 def test_task_on_the_command_line(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], log: pytest.LogCaptureFixture
 ) -> None:
     rows = [f"{i}\ta b c d e f\tc d\t{label}" for i, label in enumerate(["entailment", "not_entailment"] * 4)]
     data = rte(tmp_path / "RTE", *rows)
     rte(tmp_path / "RTE", *rows[:3], file="dev.tsv")
     words = ["--task", "rte", "--data-dir", tmp_path]
     assert fisher(model, tmp_path / "a.h5", *words) == 0
-    assert "rte:train has 8 examples here, but 2490 as published." in caplog.text
+    assert "rte:train has 8 examples here, but 2490 as published." in log.text
     scores = fs.FisherScores.load(tmp_path / "a.h5")
     facts = scores.provenance
     assert (scores.num_examples, facts["objective"], facts["data"]["source"]) == (8, "classification", "rte:train")

@@ -169,9 +169,10 @@ def check_fit(methods: "Iterable[type[Regularizer]]", objectives: Sequence[str])
     """
     asked: dict[Unfit, bool] = {"several tasks": len(objectives) > 1, "regression": "regression" in objectives}
     for method in methods:
-        if what := next((what for what, is_asked in asked.items() if is_asked and what in method.unfit), None):
-            name = getattr(method, "name", method.__name__)
-            raise ValueError(f"{name} is not for {what}: {method.unfit[what]}; take another method.")
+        for what, why in method.unfit.items():
+            if asked[what]:
+                name = getattr(method, "name", method.__name__)
+                raise ValueError(f"{name} is not for {what}: {why}; take another method.")
 
 
 @contextmanager

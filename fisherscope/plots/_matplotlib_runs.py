@@ -77,7 +77,7 @@ def run_boxes(boxes: Boxes) -> Figure:
     labels = _label_width(boxes.names)
     width = COLUMN if count == 1 and labels < COLUMN / 2 else PAGE
     counts = [[_count_text(row) for row in panel.rows] for panel in boxes.panels]
-    beside = 0.06 + max((text_width(text) for texts in counts for text in texts if text), default=0.04)
+    beside = 0.16 + max((text_width(text) for texts in counts for text in texts if text), default=0.04)
     across = columns(count, 3)
     room = (width - labels - 0.04) / across - beside
     titles = [wrapped(panel.title, room + beside - 0.06, TITLE) for panel in boxes.panels]
@@ -126,8 +126,7 @@ def run_sizes(sizes: Sizes) -> Figure:
             place = sizes.names.index(line.name)
             x = line.x * side_step(place, len(sizes.names))
             reach = np.nan_to_num(np.array([line.mean - line.low, line.high - line.mean]))
-            thin = {"elinewidth": 0.6, "capsize": 1.2, "capthick": 0.6}
-            axes.errorbar(x, line.mean, reach, **_series(place), **thin)
+            axes.errorbar(x, line.mean, reach, elinewidth=0.6, capsize=1.2, capthick=0.6, **_series(place))
         set_ticks(axes.xaxis, [(tick, f"{tick:,g}") for tick in spread(sizes.ticks)])
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel=sizes.x_label)

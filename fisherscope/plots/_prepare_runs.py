@@ -520,7 +520,8 @@ def _box_row(arm: "Arm", metric: str, which: "Which") -> BoxRow:
     failures = set(arm.failures) | {run.seed for run in arm.runs if run.evaluations and run.seed not in finite}
     failed = np.array([seed in failures for seed in seeds], dtype=bool)
     if not seeds:
-        return BoxRow(values, seeds, failed, len(failures), len(trained), (math.nan,) * 3, (math.nan,) * 2)
+        none = math.nan
+        return BoxRow(values, seeds, failed, len(failures), len(trained), (none, none, none), (none, none))
     low, middle, high = (float(value) for value in np.percentile(values, [25, 50, 75]))
     reach = 1.5 * (high - low)
     inside = values[(values >= low - reach) & (values <= high + reach)]

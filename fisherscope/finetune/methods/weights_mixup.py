@@ -310,6 +310,7 @@ class _Search:
         training, validation = self.batches(order[:cut]), self.batches(order[cut:])
         steps = max(1, round(epochs * -(-cut // self.batch_size)))
         with reparametrized(self.run.model, self.functions):
+            self.lower.zero_grad()  # what the caller has left
             for _ in range(steps):
                 self.step(next(training), next(validation))
         for factor in self.factors:
@@ -326,11 +327,11 @@ class _Search:
         with torch.no_grad():
             for factor in self.factors:
                 factor.clamp_(0, 1)
-        self.lower.zero_grad()  # whatever the caller has left, too
         inner().backward(inputs=self.weights)
         if limit := self.run.settings.get("max_grad_norm", 1.0):
             nn.utils.clip_grad_norm_(self.weights, limit)
         self.lower.step()
+        self.lower.zero_grad()
 
     def loss(self, batch: Batch, seed: int) -> Tensor:
         """As the run has it, with the dropout of a seed."""
