@@ -260,6 +260,14 @@ def case(name: str, lengths: Sequence[int] = LENGTHS, seed: int = 0, **settings:
     return Case(built(name, seed, **settings), objective, [make(length, draw) for length in lengths])
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """`make test` runs the first notebook, `make test-all` every one."""
+    for item in items:
+        if item.path.suffix == ".ipynb" and not item.path.name.startswith("01_"):
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """Modules that a test makes by hand start from the same weights every time."""

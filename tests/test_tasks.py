@@ -107,9 +107,11 @@ HUB_ORDER = {
 
 
 @pytest.fixture
-def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    """What the package logs; a command leaves a logger alone that has a handler."""
-    logging.getLogger("fisherscope").addHandler(caplog.handler)
+def log(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    """What the package logs, once; a command leaves a logger alone that has a handler."""
+    logger = logging.getLogger("fisherscope")
+    logger.addHandler(caplog.handler)
+    monkeypatch.setattr(logger, "propagate", False)
     caplog.set_level(logging.INFO, logger="fisherscope")
     return caplog
 
