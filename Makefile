@@ -14,10 +14,10 @@ demo: $(VENV)/.core
 	$(BIN)/fisherscope demo --out figures/demo --overwrite
 
 test: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --nbmake -m "not slow and not gpu and not browser" --jaxtyping-packages=$(CHECKED),beartype.beartype
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --nbmake -m "not slow and not gpu and not browser" --jaxtyping-packages=$(CHECKED),beartype.beartype
 
 test-all: $(VENV)/.dev
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --nbmake -m "not gpu and not browser" --jaxtyping-packages=$(CHECKED),beartype.beartype
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal --nbmake -m "not gpu and not browser" --jaxtyping-packages=$(CHECKED),beartype.beartype
 
 # Needs chromium and chromedriver (Debian: apt-get install chromium chromium-driver); fails where there is none.
 browser-check: $(VENV)/.dev

@@ -262,9 +262,9 @@ def case(name: str, lengths: Sequence[int] = LENGTHS, seed: int = 0, **settings:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """`make test` runs the first notebook, `make test-all` every one."""
+    """Notebooks run with `make test-all`."""
     for item in items:
-        if item.path.suffix == ".ipynb" and not item.path.name.startswith("01_"):
+        if item.path.suffix == ".ipynb":
             item.add_marker(pytest.mark.slow)
 
 

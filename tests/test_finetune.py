@@ -146,6 +146,7 @@ with distributed.started("cpu"):
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_gradients_of_one(without_dropout, tmp_path):
     """2 ranks with 4 examples each, and one with twice 4."""
     found = []

@@ -428,6 +428,7 @@ def test_a_killed_sweep_goes_on_to_the_same_results(tiny, tmp_path):
         assert names[0] == names[1]
 
 
+@pytest.mark.slow
 def test_what_a_killed_worker_was_busy_with_is_done_by_another(tiny, tmp_path):
     loaded, out = small(tiny, tmp_path, epochs=20, seeds=1), tmp_path / "out"
 
