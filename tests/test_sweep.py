@@ -302,6 +302,7 @@ class TestFailures:
         said = json.loads((out / folder / "failed.json").read_text())
         assert said["error"] == why
         assert "Traceback" in said["traceback"] and why in said["traceback"]
+        assert 'File "finetune/plan.py"' in said["traceback"] and 'File "/' not in said["traceback"]
         facts = {"model": "tiny", "task": TASK, "train_size": 24, "method": "vanilla", "arm": "masked", "seed": 0}
         assert facts.items() <= said["config"].items()
         assert said["config"]["mask"] == "mask.safetensors"

@@ -454,12 +454,21 @@ def _save_failure(path: Path, run: SweepRun, error: Exception) -> None:
         "format": FAILURE,
         "format_version": storage.FORMAT_VERSION,
         "error": _sentence(error),
-        "traceback": "".join(traceback.format_exception(error)),
+        "traceback": _without_folders("".join(traceback.format_exception(error))),
         "config": {**shown, "seed": run.arguments["seeds"][0], "arm": run.folder.parts[-2]},
         "provenance": storage.provenance(),
     }
     with storage.atomic(path) as temporary:
         temporary.write_text(json.dumps(contents, indent=1), encoding="utf-8")
+
+
+def _without_folders(text: str) -> str:
+    """A traceback that names files as ``finetune/training.py``, wherever they are."""
+
+    def shortened(found: re.Match[str]) -> str:
+        return "/".join(Path(found[0]).parts[-2:])
+
+    return re.sub(r'(?<=File ")[^"]+', shortened, text)
 
 
 def _sentence(error: Exception) -> str:
