@@ -73,6 +73,11 @@ class Plan:
         return MEAN if self.others else self.metric
 
     @property
+    def next_sentence(self) -> bool:
+        """Whether this is a stage that also learns which texts follow each other; only there a stage has a method."""
+        return self.stage is not None and isinstance(self.method, Regularizer)
+
+    @property
     def method_name(self) -> str:
         """As ``--method`` takes it, or the class of a regularizer of one's own."""
         if isinstance(self.method, str):

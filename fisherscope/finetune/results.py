@@ -31,7 +31,8 @@ class SeedResult:
         losses: Training loss in nats (squared units for regression) of every logged step: ``step``, ``loss``.
         constant: Whether all predictions of the last evaluation are the same: the training failed.
         seconds_per_step: Median time of an optimizer step.
-        peak_memory: Bytes: of the GPU's memory in this training, or on a CPU of the process so far.
+        peak_memory: Bytes: the most in the training, of the GPU's memory or on a CPU of the whole process (on other
+            systems than Linux since it began).
         optimizer_state: Bytes that the optimizer holds at the end.
         forgetting: Loss of pretraining ``before`` and ``after``, where it was measured.
         baselines: Metrics on the report examples of what knows only how often each class (or the mean label) is among

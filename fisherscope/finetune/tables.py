@@ -141,7 +141,8 @@ def _explained(comparison: "Comparison") -> list[str]:
         f"p is two-sided, and in brackets corrected for the number of differences in these tables, {comparison.tested} "
         f"({how}).",
         "The sign-flip test of n seeds is exact up to n = 20, and cannot go below 2/2ⁿ.",
-        "Time is that of an optimizer step (median), memory the most of all trainings, on a CPU of the whole process.",
+        "Time is that of an optimizer step (median), memory the most of all trainings, on a CPU that of the whole "
+        "process, the program itself included.",
         f"Bold is the best mean, if the interval of its difference to {reference} excludes 0.",
     ]
 

@@ -7,10 +7,8 @@ import inspect
 import logging
 import math
 import platform
-import resource
 import shutil
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -25,6 +23,7 @@ from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
 from .. import distributed, storage
+from .._peak import forget_peak, peak_memory
 from ..data import Batches, load_batches
 from ..data.sources import LABELLED_OBJECTIVES
 from ..masks import Mask
@@ -360,10 +359,9 @@ def _train(
         loaded.shared,
     )  # fmt: skip
     of_labels = _baselines(plan, roles, loaded.models, plain=not regularizer.has_penalty)
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    forget_peak(model.device)
     _fit(trainer, seed, files.folder)
-    memory = _peak_memory(model)
+    memory = peak_memory(model.device)
     if save_model and distributed.is_first():
         _save_all(plan, seed, loaded, files.folder)
     forgetting |= _forgetting(plan, model)
@@ -453,15 +451,15 @@ def _fit(trainer: Trainer, seed: int, folder: Path) -> None:
 def _fine_tuned(plan: Plan, seed: int, name: str, files: _Files) -> "PreTrainedModel":
     """The checkpoint as it is trained without a method of the user's, by the same recipe; kept in a folder."""
     folder = files.folder / name
-    saved, pairs = folder / "model", plan.stage is not None and not isinstance(plan.method, str)
+    saved = folder / "model"
     if distributed.first_says(files.keep and saved.is_dir()):
-        return load_model(saved, objective=plan.objective, next_sentence=pairs, device=plan.device)[0]
+        return load_model(saved, objective=plan.objective, next_sentence=plan.next_sentence, device=plan.device)[0]
     (model,), tokenizer = _models(plan, seed, files)
     if plan.stage == ADAPT_MLM:
         train = adaptation_batches(plan, seed, tokenizer)
     else:
         train = _batches(plan, plan.roles(seed)[0].train, tokenizer)
-    regularizer = plan.method if pairs and isinstance(plan.method, Regularizer) else Regularizer()
+    regularizer = plan.method if isinstance(plan.method, Regularizer) and plan.next_sentence else Regularizer()
     logger.info("%s on %s first, seed %d.", name, plan.name, seed)
     trainer, _ = make_trainer(plan, seed, folder, model, train, None, regularizer, files.keep, files.shown)
     _fit(trainer, seed, folder)
@@ -513,7 +511,7 @@ def _loaded(plan: Plan, seed: int) -> "tuple[PreTrainedModel, PreTrainedTokenize
         plan.model,
         objective=plan.objective,
         init=plan.init,
-        next_sentence=plan.stage == ADAPT_MLM and isinstance(plan.method, Regularizer),
+        next_sentence=plan.next_sentence,
         num_labels=max(len(classes), labels) if labels else None,
         seed=seed,
         revision=plan.revision,
@@ -588,12 +586,6 @@ def _result(
         forgetting,
         known,
     )
-
-
-def _peak_memory(model: nn.Module) -> int:
-    if next(model.parameters()).is_cuda:
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _device_name(device: str | None) -> str:
