@@ -152,6 +152,18 @@ def test_the_symmetric_divergence_of_even_odds_and_three_to_one_is_a_quarter_of_
     assert float(symmetric_divergence(b, a)) == pytest.approx(0.25 * math.log(3))
 
 
+def test_a_published_code_compares_odds_which_is_no_divergence():
+    """Golden value G8: with odds o = p / (1 - p), the sum of 2 p (log o - log o') that the mt-dnn code minimises."""
+
+    def of_odds(a: Tensor, b: Tensor) -> float:
+        p, q = a.softmax(0), b.softmax(0)
+        return float((2 * p * (p.logit() - q.logit())).sum())
+
+    even, three_to_one = torch.zeros(2), torch.tensor([math.log(3), 0.0])
+    assert of_odds(even, three_to_one) == pytest.approx(0, abs=1e-5)  # of different distributions
+    assert of_odds(three_to_one, even) == pytest.approx(math.log(3), abs=1e-5)
+
+
 def test_for_near_logits_the_symmetric_divergence_is_the_fisher_form_of_the_softmax():
     z, d = torch.tensor([0.3, -1.0, 0.8]).double(), torch.tensor([1.0, -2.0, 0.5]).double()
     p = z.softmax(0)
