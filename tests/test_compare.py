@@ -458,8 +458,22 @@ class TestRefusals:
     @pytest.mark.parametrize("role", ["train", "validation"])
     def test_other_examples(self, two, role):
         save(two / "other", "other", fingerprints={"train": "aa", "validation": "bb", role: "zz"})
-        with pytest.raises(ValueError, match=rf"the {role} examples of .* differ \(.., zz\)"):
+        with pytest.raises(ValueError, match=rf"the encoded {role} examples of .* differ \(.., zz\)"):
             compare_methods(read_runs(two))
+
+    @pytest.mark.parametrize("split", ["train", "validation"])
+    def test_other_texts(self, two, split):
+        texts = {"train": "tt", "validation": "vv"}
+        save(two / "one", "one", data=texts, max_length=None)
+        save(two / "other", "other", data=texts | {split: "zz"}, max_length=64)
+        with pytest.raises(ValueError, match=rf"the {split} examples of .* differ \(.., zz\)"):
+            compare_methods(read_runs(two))
+
+    def test_the_same_texts_cut_at_another_length_are_fine_and_noted(self, two):
+        save(two / "other", "other", max_length=64, fingerprints={"train": "short", "validation": "bb"})
+        compared = compare_methods(read_runs(two))
+        assert len(compared.rows) == 3
+        assert any("max_length" in note for note in compared.notes)
 
     def test_other_weights_to_begin_with_are_fine(self, two):
         save(two / "other", "other", fingerprints={"train": "aa", "validation": "bb", "backbone": "zz"})

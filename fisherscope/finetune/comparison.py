@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -205,17 +205,24 @@ def _check_comparable(arms: Sequence[Arm]) -> None:
                     f"A comparison takes runs of one {what}, but {first.method} on {first.group} has {one} and "
                     f"{arm.method} on {arm.group} has {other}; compare them apart."
                 )
-    examples: dict[tuple[Group, str], tuple[Arm, str | None]] = {}
+    seen: dict[tuple[Group, str, int | None], tuple[Arm, str | None]] = {}
     for arm in arms:
-        for role, fingerprint in arm.fingerprints.items():
-            if role == "backbone":  # a method may begin with other weights
-                continue
-            before, known = examples.setdefault((arm.group, role), (arm, fingerprint))
+        for what, length, fingerprint in _examples_of(arm):
+            before, known = seen.setdefault((arm.group, what, length), (arm, fingerprint))
             if known != fingerprint:
                 raise ValueError(
-                    f"A comparison takes runs on the same examples, but the {role} examples of {before.method} and "
+                    f"A comparison takes runs on the same examples, but the {what} examples of {before.method} and "
                     f"{arm.method} on {arm.group} differ ({known}, {fingerprint}); compare them apart."
                 )
+
+
+def _examples_of(arm: Arm) -> Iterator[tuple[str, int | None, str | None]]:
+    """Fingerprints of what an arm has seen: of the texts, and of their tokens, which ``max_length`` may cut."""
+    for split, fingerprint in arm.settings.get("data", {}).items():
+        yield split, None, fingerprint
+    for role, fingerprint in arm.fingerprints.items():
+        if role != "backbone":  # a method may begin with other weights
+            yield f"encoded {role}", arm.settings.get("max_length") or 0, fingerprint
 
 
 def _metric_of(arms: Sequence[Arm], metric: str | None) -> str:
