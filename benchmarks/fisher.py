@@ -10,14 +10,12 @@ as it is done, and the same command goes on with those that are missing.
 """
 
 import argparse
-import contextlib
 import ctypes
 import gc
 import importlib.metadata
 import json
 import math
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -36,6 +34,7 @@ from fisher_candidates import CANDIDATES, PEER_CHUNK, Batch, Candidate, Case, Ru
 from fisher_report import markdown
 
 from fisherscope import estimate_fisher
+from fisherscope._machine import device_name
 from fisherscope.models import measuring
 
 CASES = {
@@ -92,20 +91,13 @@ def arguments() -> argparse.Namespace:
 
 
 def facts_of(args: argparse.Namespace) -> dict[str, Any]:
-    cpu = f"{processor()}, {torch.get_num_threads()} threads"
+    threads = f", {torch.get_num_threads()} threads" if args.device == "cpu" else ""
     return {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else cpu,
+        "device": device_name(args.device) + threads,
         "precision": args.precision,
         "date": time.strftime("%Y-%m-%d"),
         "versions": {name: version(name) for name in ("torch", "transformers", "opacus", "triton")},
     }
-
-
-def processor() -> str:
-    with contextlib.suppress(OSError):
-        if found := re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()):
-            return found[1]
-    return platform.machine()
 
 
 def version(package: str) -> str | None:

@@ -43,7 +43,7 @@ def spearman(predicted: Float[np.ndarray, "examples"], labels: Float[np.ndarray,
 
 
 def _correlation(measure: Callable, predicted: np.ndarray, labels: np.ndarray) -> float:
-    if np.ptp(predicted) == 0 or np.ptp(labels) == 0 or not np.isfinite(predicted).all():
+    if is_constant(predicted) or is_constant(labels) or not np.isfinite(predicted).all():
         return 0.0
     return float(measure(predicted, labels).statistic)
 
@@ -66,5 +66,6 @@ def metrics_of(predicted: np.ndarray, labels: np.ndarray, num_classes: int | Non
 
 
 def is_constant(predicted: np.ndarray) -> bool:
-    """Whether all predictions are the same, as those of a training that failed are."""
-    return float(np.ptp(predicted)) < 1e-6
+    """Whether all predictions are the same but for rounding, as those of a training that failed are."""
+    with np.errstate(invalid="ignore"):  # infinite ones are no constant
+        return float(np.std(predicted, dtype=np.float64)) < 1e-6

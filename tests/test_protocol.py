@@ -31,6 +31,7 @@ from fisherscope.finetune.protocol import (
 from fisherscope.finetune.recipe import Recipe
 from fisherscope.finetune.results import SeedResult
 from fisherscope.finetune.trainer import evaluation_steps
+from fisherscope.metrics import is_constant, pearson
 
 TASK, OTHER = "builtin:acceptability", "builtin:topic"
 QUICK = {"task": TASK, "train_size": 8, "batch_size": 4, "max_steps": 2, "max_length": 16, "progress": False}
@@ -315,6 +316,16 @@ class TestBaselines:
         """Class 1 of all: 3 of 5 are right, precision 3/5, recall 1."""
         found = baselines(self.train, self.report, 2)
         assert found["accuracy"] == 0.6 and found["f1"] == pytest.approx(2 * 0.6 / 1.6) and found["matthews"] == 0
+
+    @pytest.mark.parametrize("train", [[0, 0, 1], [0, 1, 1]])
+    def test_f1_does_not_hang_on_a_label(self, train):
+        """That of all ones, 2 pi / (1 + pi) with the share pi of ones, whichever class is the commonest."""
+        assert baselines(np.array(train), self.report, 2)["f1"] == pytest.approx(2 * 0.6 / 1.6)
+
+    def test_predictions_that_differ_by_rounding_are_one(self):
+        steps = (2.5 + np.arange(6, dtype=np.float32) * np.spacing(np.float32(2.5))).astype(np.float32)
+        assert is_constant(steps) and pearson(steps, np.arange(6.0)) == 0
+        assert not is_constant(np.array([1.0, np.inf])) and not is_constant(np.array([0.0, 1e-3]))
 
     def test_the_loss_is_that_of_the_shares(self):
         expected = -(2 * math.log(0.25) + 3 * math.log(0.75)) / 5

@@ -310,7 +310,8 @@ def baselines(
     r"""What is reached by who knows the labels of the training examples and no text.
 
     The metrics are those of saying the commonest class (the lowest of equals), or the mean label, of every report
-    example. The loss is :math:`-\frac 1n \sum_i \log p_{y_i}` with the shares :math:`p_c` of the classes among the
+    example; F1 is that of always saying 1, the best a constant can do, as it would otherwise hang on a single label.
+    The loss is :math:`-\frac 1n \sum_i \log p_{y_i}` with the shares :math:`p_c` of the classes among the
     training examples, left out where a reported class is not among them; for real labels the mean squared distance
     to their mean. A metric that is better says that the text was used.
 
@@ -326,6 +327,8 @@ def baselines(
     shares = np.bincount(train, minlength=num_classes) / train.size
     said = np.full(report.size, shares.argmax())
     found = metrics_of(said, report, num_classes)
+    if "f1" in found:
+        found["f1"] = metrics_of(np.ones_like(said), report, num_classes)["f1"]
     if (shares[report] > 0).all():
         found = {"loss": float(-np.log(shares[report]).mean())} | found
     if label_entropy:

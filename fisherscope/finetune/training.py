@@ -6,7 +6,6 @@ import gc
 import inspect
 import logging
 import math
-import platform
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from transformers import Trainer, set_seed
 
 from .. import distributed, storage
-from .._peak import forget_peak, peak_memory
+from .._machine import device_name, forget_peak, peak_memory
 from ..data import Batches, load_batches
 from ..data.sources import LABELLED_OBJECTIVES
 from ..masks import Mask
@@ -254,7 +253,7 @@ def _run_all(
             files = _Files(work_folder(Path(place), seed), folder is not None, progress and distributed.is_first())
             known = results.fingerprints.get("backbone")
             result, fingerprints, predictions = _train(plan, seed, roles, files, known, save_model)
-        facts = storage.provenance(device=_device_name(plan.device))
+        facts = storage.provenance(device=device_name(plan.device or ("cuda" if torch.cuda.is_available() else "cpu")))
         results = replace(results, runs=[*results.runs, result], fingerprints=fingerprints, provenance=facts)
         if folder is not None and distributed.is_first():
             add(folder, results, predictions)
@@ -586,12 +585,6 @@ def _result(
         forgetting,
         known,
     )
-
-
-def _device_name(device: str | None) -> str:
-    if torch.cuda.is_available() and (device is None or device.startswith("cuda")):
-        return torch.cuda.get_device_name()
-    return platform.processor() or platform.machine()
 
 
 def _save_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

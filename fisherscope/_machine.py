@@ -1,11 +1,23 @@
-"""The most memory that something took: of a GPU, or on a CPU of the process."""
+"""The machine under a run: its name, and the most memory that something took of it."""
 
 import contextlib
+import platform
+import re
 import resource
 import sys
 from pathlib import Path
 
 import torch
+
+
+def device_name(device: torch.device | str) -> str:
+    """Of the GPU, or of the processor as the system has it."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):  # Linux
+        if found := re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()):
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def forget_peak(device: torch.device) -> None:

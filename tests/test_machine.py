@@ -1,13 +1,17 @@
-"""The peak of memory counts what was taken since the last look, and only that."""
+"""The name of the processor; the peak of memory counts what was taken since the last look, and only that."""
 
 import sys
 
 import pytest
 import torch
 
-from fisherscope._peak import forget_peak, peak_memory
+from fisherscope._machine import device_name, forget_peak, peak_memory
 
 CPU = torch.device("cpu")
+
+
+def test_the_processor_has_a_name():
+    assert device_name("cpu") == device_name(CPU) and device_name("cpu").strip()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is that of the life of the process")
