@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from . import plots, testing
     from .comparison import compare
     from .data import TASKS, Batches, Source, Task, load_batches, read_source, read_task
+    from .experiments import compare_methods, load_sweep, read_runs, run_sweep
     from .finetune import Regularizer, RegularizerCallback, Results
-    from .finetune.comparison import compare_methods, read_runs
     from .finetune.methods.fixed_mask import SubnetworkUpdate
     from .finetune.methods.gaussian_dropout import GaussianDropout
     from .finetune.methods.guided_dropout import GuidedDropout
@@ -40,8 +40,10 @@ _HOME = {
     "finetune": "",
     "Regularizer": ".finetune",
     "RegularizerCallback": ".finetune",
-    "read_runs": ".finetune",
-    "compare_methods": ".finetune",
+    "load_sweep": ".experiments",
+    "run_sweep": ".experiments",
+    "read_runs": ".experiments",
+    "compare_methods": ".experiments",
     "Results": ".finetune",
     "GuidedDropout": ".finetune",
     "GaussianDropout": ".finetune",

@@ -16,11 +16,12 @@ from scipy import stats
 
 from fisherscope import storage
 from fisherscope.cli import main
-from fisherscope.finetune import sweep
-from fisherscope.finetune.arms import Group
-from fisherscope.finetune.comparison import Comparison, Row, compare_methods, read_runs
+from fisherscope.experiments import load_sweep, run_sweep, running
+from fisherscope.experiments.arms import Group, read_runs
+from fisherscope.experiments.comparison import Comparison, Row, compare_methods
+from fisherscope.experiments.failure import FAILURE
+from fisherscope.experiments.statistics import brown_forsythe, corrected, paired, summarize
 from fisherscope.finetune.results import Results, SeedResult
-from fisherscope.finetune.statistics import brown_forsythe, corrected, paired, summarize
 from fisherscope.storage import WrongFile
 
 REAL = Path(__file__).parent.parent / "figures" / "finetune" / "builtin_bert"
@@ -77,7 +78,7 @@ def save(
 
 
 def save_failure(folder: Path, error: str = "It broke.", **config: Any) -> None:
-    contents = {"format": sweep.FAILURE, "format_version": storage.FORMAT_VERSION, "error": error, "traceback": "…"}
+    contents = {"format": FAILURE, "format_version": storage.FORMAT_VERSION, "error": error, "traceback": "…"}
     known = {"model": "small", "task": "sums", "train_size": 300, "method": "other", "seed": 3} | config
     folder.mkdir(parents=True)
     (folder / "failed.json").write_text(json.dumps({**contents, "config": known}))
@@ -202,8 +203,8 @@ class TestReading:
         file.write_text(
             "{model: 'builtin:bert', task: ['builtin:pairs'], train_size: [40], method: [r-drop], seeds: 1}"
         )
-        monkeypatch.setattr(sweep, "finetune", fail)
-        report = sweep.run_sweep(sweep.load_sweep(file), tmp_path / "out", progress=False)
+        monkeypatch.setattr(running, "finetune", fail)
+        report = run_sweep(load_sweep(file), tmp_path / "out", progress=False)
         (arm,) = read_runs(tmp_path / "out")
         assert len(report.failed) == 1
         assert (arm.method, arm.group) == ("r-drop", Group("builtin:bert", 40, "builtin:pairs"))

@@ -15,10 +15,11 @@ import fisherscope
 PACKAGE = Path(fisherscope.__file__).parent
 
 RANKS = (
-    ("storage", "_typing", "_progress", "distributed"),
+    ("storage", "_typing", "_progress", "_machine", "distributed"),
     ("builtin", "models", "data", "objectives", "metrics"),
     ("fisher", "scores", "stability", "masks"),
     ("landscape", "finetune", "comparison"),
+    ("experiments",),
     ("plots",),
     ("testing", "cli", "__main__"),
 )

@@ -18,7 +18,7 @@ from scipy import stats
 import fisherscope as fs
 from fisherscope import plots
 from fisherscope.cli import main
-from fisherscope.finetune.arms import Arm
+from fisherscope.experiments.arms import Arm
 from fisherscope.finetune.results import Results, SeedResult
 from fisherscope.plots import _matplotlib_runs, _plotly_runs
 from fisherscope.plots._prepare import COLOURS

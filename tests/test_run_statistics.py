@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fisherscope.finetune import statistics
-from fisherscope.finetune.statistics import brown_forsythe, corrected, paired, sign_flip_p, summarize
+from fisherscope.experiments import statistics
+from fisherscope.experiments.statistics import brown_forsythe, corrected, paired, sign_flip_p, summarize
 
 HERE = {0: 0.52, 1: 0.61, 2: 0.58, 3: 0.66, 4: 0.6}
 THERE = {0: 0.5, 1: 0.55, 2: 0.6, 3: 0.57, 4: 0.52}

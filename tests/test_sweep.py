@@ -17,9 +17,10 @@ from conftest import checkpoint, kill_when
 
 import fisherscope as fs
 from fisherscope.cli import main
-from fisherscope.finetune import Results, finetune, sweep
+from fisherscope.experiments import Sweep, load_sweep, run_sweep, running
+from fisherscope.experiments.failure import Failure
+from fisherscope.finetune import Results, finetune
 from fisherscope.finetune.callback import STATE_FILE
-from fisherscope.finetune.sweep import load_sweep, run_sweep
 
 ROOT = Path(__file__).parent.parent
 TASK = "cola"
@@ -43,7 +44,7 @@ def written(folder: Path, contents) -> Path:
     return path
 
 
-def folders(loaded: sweep.Sweep) -> list[str]:
+def folders(loaded: Sweep) -> list[str]:
     return [run.folder.as_posix() for run in loaded.runs]
 
 
@@ -200,11 +201,11 @@ class TestFile:
             load_sweep(written(tmp_path, [LEAST | {"epochs": 3}, LEAST | {"epochs": 4}]))
 
 
-def folders_of(part: sweep.Sweep) -> set[Path]:
+def folders_of(part: Sweep) -> set[Path]:
     return {run.folder for run in part.runs}
 
 
-def small(tiny: dict[str, str], folder: Path, **more) -> sweep.Sweep:
+def small(tiny: dict[str, str], folder: Path, **more) -> Sweep:
     """Two arms and two seeds."""
     contents = {**tiny, **QUICK, "epochs": 1, "method": ["vanilla", "bitfit"], "seeds": 2}
     return load_sweep(written(folder, contents | more))
@@ -248,7 +249,7 @@ class TestRuns:
 
     def test_a_sweep_may_grow(self, done, tiny, tmp_path, monkeypatch):
         _, out, _ = done
-        monkeypatch.setattr(sweep, "finetune", lambda model, **_: Results.load(out / FIRST))
+        monkeypatch.setattr(running, "finetune", lambda model, **_: Results.load(out / FIRST))
         more = small(tiny, tmp_path, method=["vanilla", "bitfit", "r-drop"])
         report = run_sweep(more, out, progress=False)
         assert [folder.parts[3] for folder in report.finished] == ["r-drop", "r-drop"]
@@ -257,7 +258,7 @@ class TestRuns:
     def test_settings_of_finished_runs_are_read_once_for_all_seeds(self, done, monkeypatch):
         loaded, out, _ = done
         read = []
-        monkeypatch.setattr(sweep, "finetune", lambda model, **given: read.append((given["method"], given["seeds"])))
+        monkeypatch.setattr(running, "finetune", lambda model, **given: read.append((given["method"], given["seeds"])))
         run_sweep(loaded, out, progress=False)
         assert read == [("vanilla", [0]), ("bitfit", [0])]
 
@@ -312,7 +313,7 @@ class TestFailures:
     def test_failed_runs_are_left_until_they_are_to_be_retried(self, unlucky, monkeypatch):
         loaded, out = unlucky
         (failed,) = run_sweep(loaded, out, progress=False).failed
-        monkeypatch.setattr(sweep, "finetune", lambda model, **_: Results.load(out / FIRST))
+        monkeypatch.setattr(running, "finetune", lambda model, **_: Results.load(out / FIRST))
         again = run_sweep(loaded, out, progress=False)
         assert "vanilla has no use for mask here" in again.failed[failed]
         assert "--retry-failed" in again.failed[failed]
@@ -324,7 +325,7 @@ class TestFailures:
         def interrupt(model, **_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(sweep, "finetune", interrupt)
+        monkeypatch.setattr(running, "finetune", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run_sweep(small(tiny, tmp_path), tmp_path / "out", progress=False)
         assert not list((tmp_path / "out").rglob("failed.json"))
@@ -334,7 +335,7 @@ class TestFailures:
             raise RuntimeError("CUDA out of memory.\n  Tried hard.")
 
         loaded = small(tiny, tmp_path, method="vanilla", seeds=1)
-        monkeypatch.setattr(sweep, "finetune", fail)
+        monkeypatch.setattr(running, "finetune", fail)
         report = run_sweep(loaded, tmp_path / "out", progress=False)
         assert list(report.failed.values()) == ["RuntimeError: CUDA out of memory. Tried hard."]
 
@@ -350,7 +351,7 @@ class TestFailures:
 def test_a_claimed_run_is_left_to_the_process_that_has_it(tiny, tmp_path):
     loaded, out = small(tiny, tmp_path, method="vanilla", seeds=1), tmp_path / "out"
     (run,) = loaded.runs
-    with sweep._claimed(out / run.folder) as first, sweep._claimed(out / run.folder) as second:
+    with running._claimed(out / run.folder) as first, running._claimed(out / run.folder) as second:
         assert first and not second
         report = run_sweep(loaded, out, progress=False)
     assert report.in_use == (run.folder,) and not report.finished
@@ -360,13 +361,15 @@ def test_a_claimed_run_is_left_to_the_process_that_has_it(tiny, tmp_path):
 SCRIPT = """
 import sys
 from pathlib import Path
-from fisherscope.finetune import sweep, trainer
+from fisherscope.experiments import Sweep, load_sweep, run_sweep, running
+from fisherscope.experiments.failure import Failure
+from fisherscope.finetune import trainer
 import test_sweep
 trainer.SECONDS_BETWEEN_CHECKPOINTS = 0.0
 file, out = map(Path, sys.argv[1:3])
 if len(sys.argv) > 3:
-    sweep.finetune = test_sweep.noted(*map(Path, sys.argv[3:]))
-report = sweep.run_sweep(sweep.load_sweep(file), out, progress=False)
+    running.finetune = test_sweep.noted(*map(Path, sys.argv[3:]))
+report = run_sweep(load_sweep(file), out, progress=False)
 assert not report.failed, report
 """
 
@@ -396,7 +399,7 @@ def test_two_processes_share_the_runs_and_do_each_once(tiny, tmp_path, monkeypat
     """Either is in a training of its own when the other begins its first one."""
     loaded, out = small(tiny, tmp_path), tmp_path / "out"
     log, here, there = (tmp_path / name for name in ("log.txt", "here", "there"))
-    monkeypatch.setattr(sweep, "finetune", noted(log, here, there))
+    monkeypatch.setattr(running, "finetune", noted(log, here, there))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-c", SCRIPT, tmp_path / "sweep.yaml", out, log, there, here]
     with subprocess.Popen(list(map(str, words)), env=environment) as other:
@@ -468,7 +471,8 @@ class TestCommand:
         assert f"{FIRST}: finished, matthews " in told
         assert told.splitlines()[-1] == "out: 1 finished, 0 finished before, 0 failed"
         (tmp_path / "out" / FIRST / "results.json").unlink()
-        (tmp_path / "out" / FIRST / "failed.json").write_text(json.dumps({"error": "out of luck"}))
+        config = {"model": "tiny", "task": TASK, "seeds": [0]}
+        Failure.of(ValueError("out of luck"), config, "vanilla").save(tmp_path / "out" / FIRST / "failed.json")
         assert main(words) == 1
         assert f"failed: {FIRST}: out of luck (before; " in capsys.readouterr().out
 
@@ -505,7 +509,7 @@ class TestCommand:
             raise KeyboardInterrupt
 
         _, out, _ = done
-        monkeypatch.setattr(sweep, "run_sweep", interrupt)
+        monkeypatch.setattr(running, "run_sweep", interrupt)
         assert main(["sweep", str(out.parent / "sweep.yaml"), "--out", str(out)]) == 130
         assert "interrupted; the same command goes on" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ from .. import storage
 from ._common import add_general_flags, output_is_complete
 
 if TYPE_CHECKING:
-    from ..finetune.comparison import Comparison
+    from ..experiments.comparison import Comparison
 
 SUFFIXES = (".md", ".tex", ".csv")
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
         if args.out.suffix not in SUFFIXES:
             args.refuse(f"argument --out: a table is {', '.join(SUFFIXES)}; got {args.out.name!r}")
         output_is_complete(args)
-    from ..finetune.comparison import compare_methods, read_runs
+    from ..experiments import compare_methods, read_runs
 
     comparison = compare_methods(
         read_runs(*args.folders),

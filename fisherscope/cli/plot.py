@@ -157,7 +157,7 @@ def _draw_masks(args: argparse.Namespace) -> None:
 
 def _draw_runs(args: argparse.Namespace) -> None:
     from .. import plots
-    from ..finetune.comparison import read_runs
+    from ..experiments import read_runs
 
     kind = args.kind or "boxes"
     _check_kind(kind, tuple(RUNS), "runs")

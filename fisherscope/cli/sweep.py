@@ -28,7 +28,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def run(args: argparse.Namespace) -> int:
     """Do what is not done yet, and say what came of it; 1 if a run failed."""
-    from ..finetune.sweep import load_sweep, run_sweep
+    from ..experiments import load_sweep, run_sweep
 
     sweep = load_sweep(args.file)
     if args.shard is not None:

@@ -14,7 +14,6 @@ from .regularizer import METHODS, Applied, Composed, Regularizer
 
 if TYPE_CHECKING:
     from .callback import RegularizerCallback
-    from .comparison import compare_methods, read_runs
     from .protocol import PROTOCOLS, read_roles
     from .results import Results
     from .training import finetune
@@ -27,20 +26,16 @@ __all__ = [
     "Regularizer",
     "RegularizerCallback",
     "Results",
-    "compare_methods",
     "finetune",
     "read_roles",
-    "read_runs",
 ]
 
 _HOME = {  # Trainer takes seconds
     "PROTOCOLS": "protocol",
     "RegularizerCallback": "callback",
     "Results": "results",
-    "compare_methods": "comparison",
     "finetune": "training",
     "read_roles": "protocol",
-    "read_runs": "comparison",
 }
 
 

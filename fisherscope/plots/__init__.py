@@ -24,7 +24,7 @@ from ._prepare_scores import layers, parameter_lines, sorted_lines, stability_li
 from ._prepare_sites import sites_shown
 
 if TYPE_CHECKING:
-    from ..finetune.arms import Arm
+    from ..experiments.arms import Arm
     from ..finetune.methods.guided_dropout import GuidedSite
     from ..finetune.results import Which
 

@@ -13,8 +13,8 @@ from .._typing import Bool, Float
 from ._prepare import LOSS_LABELS, as_sequence
 
 if TYPE_CHECKING:
-    from ..finetune.arms import Arm, Group
-    from ..finetune.comparison import Comparison, Row
+    from ..experiments.arms import Arm, Group
+    from ..experiments.comparison import Comparison, Row
     from ..finetune.results import SeedResult, Which
 
 CONFIDENCE = 0.95
@@ -450,7 +450,7 @@ def costs(runs: "Sequence[Arm]", reference: str) -> Costs:
 
 
 def _arms(runs: "Sequence[Arm]", plot: str) -> "list[Arm]":
-    from ..finetune.arms import Arm  # here, as the methods take long to import
+    from ..experiments.arms import Arm  # here, as the methods take long to import
 
     return as_sequence(runs, Arm, plot)
 
@@ -459,7 +459,7 @@ def _compared(
     given: "Sequence[Arm]", reference: str, metric: str | None, which: "Which | None"
 ) -> "tuple[Comparison, dict[Group, list[Row]]]":
     """What tables would show, so that figures refuse what they refuse; without means over tasks."""
-    from ..finetune.comparison import compare_methods
+    from ..experiments.comparison import compare_methods
 
     comparison = compare_methods(given, reference=reference, metric=metric, which=which)
     trained = {arm.group for arm in given}
@@ -500,13 +500,13 @@ def _and_size(groups: "Iterable[Group]") -> str:
 
 
 def _epoch_note(comparison: "Comparison") -> str:
-    from ..finetune.tables import EPOCHS
+    from ..experiments.tables import EPOCHS
 
     return f"Numbers are those {EPOCHS[comparison.which]}."
 
 
 def _metric_label(metric: str, arm: "Arm") -> str:
-    from ..finetune.arms import is_loss
+    from ..experiments.arms import is_loss
 
     if is_loss(metric):
         return LOSS_LABELS.get(str(arm.settings.get("objective")), metric)
@@ -557,7 +557,7 @@ def _worth(
     comparison: "Comparison",
 ) -> float:
     """How good one training is: more is better, no number worse than all numbers."""
-    from ..finetune.arms import is_loss
+    from ..experiments.arms import is_loss
 
     group, seed = block
     metric = groups[group][0].metric

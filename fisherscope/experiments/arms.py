@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from .. import storage
+from ..finetune.protocol import DEFAULT
+from ..finetune.results import Results, SeedResult
 from ..models import shown_name
-from .protocol import DEFAULT
-from .results import Results, SeedResult
+from .failure import FAILED, Failure
 
 logger = logging.getLogger(__name__)
 
-RESULTS, FAILED = "results.json", "failed.json"
+RESULTS = "results.json"
 
 SEED_FOLDER = re.compile(r"seed-\d+")
 
@@ -184,21 +185,11 @@ def _read(folder: Path) -> list[_Run]:
 
 def _read_failed(path: Path) -> _Run:
     """A training of a sweep that crashed: no value, and the reason."""
-    from .sweep import FAILURE  # which imports the Trainer
-
-    try:
-        contents = dict(json.loads(path.read_text(encoding="utf-8")))
-        storage.check_header(path, FAILURE, contents.get("format"), contents.get("format_version"))
-        error, config = str(contents["error"]).removesuffix("."), dict(contents["config"])
-        method, seed, task = str(config.get("method", "vanilla")), int(config["seed"]), str(config["task"])
-        settings = {"train_size": None} | config | {"model": shown_name(config["model"]), "method": method}
-    except storage.WrongFile:
-        raise
-    except (ValueError, KeyError, TypeError) as problem:
-        raise storage.WrongFile(
-            f"{path} was cut short, or has damaged contents; remove it, or name the other folders one by one."
-        ) from problem
-    return _Run(path.parent, Results(task, method, "", settings, []), {seed: error})
+    failure = Failure.load(path)
+    method, config = str(failure.config.get("method", "vanilla")), failure.config
+    settings = {"train_size": None, **config, "model": shown_name(config["model"]), "method": method}
+    results = Results(str(config["task"]), method, "", settings, [])
+    return _Run(path.parent, results, {int(config["seed"]): failure.error.removesuffix(".")})
 
 
 def _names(runs: Sequence[_Run]) -> list[str]:

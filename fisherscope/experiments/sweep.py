@@ -1,48 +1,28 @@
 """Sweeps: a file that names many trainings, each of which gets a folder of its own.
 
 The unit of work is one training: a model, a task, a number of examples, an arm (a method with its settings) and a seed.
-Any number of processes may work on one sweep: each claims a training by a lock that ends with the process.
 """
 
-import contextlib
 import difflib
-import fcntl
-import gc
 import itertools
-import json
-import multiprocessing
-import os
 import re
-import signal
-import threading
-import time
-import traceback
-from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import torch
 import yaml
 
 from .. import storage
-from .._progress import progress_bar
 from ..data import TASKS
+from ..finetune.plan import check_method, recipe_of
+from ..finetune.protocol import DEFAULT, checked_size, protocol_of
+from ..finetune.recipe import Recipe
+from ..finetune.training import finetune
 from ..masks import Mask
 from ..models import shown_name
 from ..scores import FisherScores
-from .plan import check_method, recipe_of
-from .protocol import DEFAULT, checked_size, protocol_of
-from .recipe import Recipe
-from .results import Results
-from .training import OtherSettings, finetune
-
-FAILURE = "fisherscope.failure"
-"""Format of ``failed.json``."""
 
 AXES = ("model", "task", "train_size", "method", "seeds")
 """The keys of a sweep's file that take several values; the trainings are their product."""
@@ -86,7 +66,7 @@ class Sweep:
 
     def states(self, out: str | Path) -> dict[Path, State]:
         """How far the trainings are, by folder; ``out`` is the folder of the sweep."""
-        return {run.folder: _state(Path(out) / run.folder) for run in self.runs}
+        return {run.folder: state_of(Path(out) / run.folder) for run in self.runs}
 
     def shard(self, number: int, of: int) -> "Sweep":
         """One of so many parts of about one size, which do not overlap; the first has number 0.
@@ -102,36 +82,6 @@ class Sweep:
         drawn = sorted((run.folder for run in self.runs), key=lambda folder: storage.digest(folder.as_posix()))
         chosen = set(drawn[number::of])
         return Sweep(tuple(run for run in self.runs if run.folder in chosen))
-
-
-@dataclass(frozen=True)
-class SweepReport:
-    """What a call of :func:`run_sweep` came to.
-
-    Attributes:
-        finished: Trainings that were done now.
-        skipped: Those that had been finished before.
-        in_use: Those that another process was busy with.
-        failed: Those that failed, now or before, and the error.
-    """
-
-    finished: tuple[Path, ...]
-    skipped: tuple[Path, ...]
-    in_use: tuple[Path, ...]
-    failed: Mapping[Path, str]
-
-    def __str__(self) -> str:
-        """A line of numbers, and one for every failure."""
-        parts = [f"{len(self.finished)} finished", f"{len(self.skipped)} finished before", f"{len(self.failed)} failed"]
-        parts += [f"{len(self.in_use)} in use by other processes"] * bool(self.in_use)
-        return "\n".join([", ".join(parts), *(f"  failed: {folder}: {why}" for folder, why in self.failed.items())])
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    folder: Path
-    kind: Literal["finished", "skipped", "in use", "failed"]
-    note: str = ""
 
 
 class _Loader(yaml.SafeLoader):
@@ -328,251 +278,10 @@ def _folder_name(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", shown_name(name)).lstrip(".-")
 
 
-def _state(folder: Path) -> State:
+def state_of(folder: Path) -> State:
     """How far the training in a folder is."""
     states: dict[str, State] = {"results.json": "finished", "failed.json": "failed", "config.yaml": "begun"}
     for file, state in states.items():
         if (folder / file).exists():
             return state
     return "missing"
-
-
-def run_sweep(
-    sweep: Sweep,
-    out: str | Path,
-    *,
-    processes: int = 1,
-    retry_failed: bool = False,
-    progress: bool = True,
-) -> SweepReport:
-    """Do the trainings of a sweep that are not done yet.
-
-    Other calls, on this machine or on others that share the folder, may work on the same sweep at the same time: no
-    training is done twice. One that a killed process left behind goes on from its last checkpoint. One that fails
-    leaves ``failed.json`` in its folder, and the others go on.
-
-    Args:
-        sweep: The trainings, or one :meth:`Sweep.shard` of them.
-        out: Folder of the sweep; every training gets its own below.
-        processes: How many trainings at once; each has its share of the threads.
-        retry_failed: Do those again, too, that failed before.
-        progress: Show a bar, and print a line for every training.
-
-    Raises:
-        ValueError: If a training was begun, or finished, with other settings.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError("A sweep shares its trainings among processes by itself; start it without torchrun.")
-    if processes < 1:
-        raise ValueError(f"processes must be at least 1, got {processes}.")
-    out, runs = Path(out), sweep.runs
-    if processes > 1 and len(runs) > 1:
-        outcomes = _in_processes(runs, out, retry_failed, min(processes, len(runs)))
-    else:
-        checked: set[str] = set()
-        outcomes = (_attempt(run, out, retry_failed, checked) for run in runs)
-    found: list[_Outcome] = []
-    done = {folder for folder, state in sweep.states(out).items() if state == "finished"}
-    with contextlib.closing(outcomes), progress_bar(len(runs), "sweep", "run", done=len(done), shown=progress) as bar:
-        for outcome in outcomes:
-            found.append(outcome)
-            if outcome.folder not in done:
-                bar.update()
-                if progress:
-                    bar.write(f"{outcome.folder}: {', '.join(filter(None, (outcome.kind, outcome.note)))}")
-    return _report(found)
-
-
-def _report(outcomes: Sequence[_Outcome]) -> SweepReport:
-    folders = {
-        kind: tuple(outcome.folder for outcome in outcomes if outcome.kind == kind)
-        for kind in ("finished", "skipped", "in use")
-    }
-    failed = {outcome.folder: outcome.note for outcome in outcomes if outcome.kind == "failed"}
-    return SweepReport(folders["finished"], folders["skipped"], folders["in use"], failed)
-
-
-def _attempt(run: SweepRun, out: Path, retry_failed: bool, checked: set[str]) -> _Outcome:
-    """Do a training unless it is done, in use or has failed before."""
-    folder = out / run.folder
-    if _state(folder) == "finished":
-        _check_settings(run, folder, checked)
-        return _Outcome(run.folder, "skipped")
-    with _claimed(folder) as is_ours:
-        if not is_ours:
-            return _Outcome(run.folder, "in use")
-        state, failure = _state(folder), folder / "failed.json"
-        if state == "finished":
-            _check_settings(run, folder, checked)
-            return _Outcome(run.folder, "skipped", "done by another process meanwhile")
-        if state == "failed" and not retry_failed:
-            return _Outcome(run.folder, "failed", f"{_sentence_in(failure)} (before; retry it with --retry-failed)")
-        failure.unlink(missing_ok=True)
-        began = time.monotonic()
-        try:
-            results = _train(run, folder)
-        except OtherSettings:
-            raise
-        except Exception as error:
-            _save_failure(failure, run, error)
-            return _Outcome(run.folder, "failed", _sentence(error))
-        finally:
-            gc.collect()  # a trainer refers to itself, and holds the state of its optimizer
-        return _Outcome(run.folder, "finished", f"{_told(results)}, {time.monotonic() - began:.0f} s")
-
-
-def _check_settings(run: SweepRun, folder: Path, checked: set[str]) -> None:
-    """Refuse a finished training of other settings; one with another seed alone than a checked one needs no new look.
-
-    Large tasks take seconds to read, and settings are known only with the data.
-    """
-    config = folder / "config.yaml"
-    found = config.read_text(encoding="utf-8") if config.exists() else ""
-    key = storage.digest(json.dumps({**run.arguments, "seeds": None}, sort_keys=True), found)
-    if key not in checked:
-        _train(run, folder)  # which only reads what is finished
-        checked.add(key)
-
-
-def _train(run: SweepRun, folder: Path) -> Results:
-    arguments = dict(run.arguments)
-    for key, kind in (("scores", FisherScores), ("mask", Mask)):
-        if arguments.get(key) is not None:
-            arguments[key] = kind.load(arguments[key])
-    return finetune(**arguments, out=folder, resume=True, progress=False)
-
-
-def _told(results: Results) -> str:
-    values = [f"{results.metric} {value:.4f}" for value in results.values().values()]
-    return ", ".join([*(run.status for run in results.runs if run.status != "finished"), *values]) or "not measured"
-
-
-def _save_failure(path: Path, run: SweepRun, error: Exception) -> None:
-    """Say in a file why a training failed; of local files the names alone."""
-    shown = {key: shown_name(value) if isinstance(value, str) else value for key, value in run.arguments.items()}
-    contents = {
-        "format": FAILURE,
-        "format_version": storage.FORMAT_VERSION,
-        "error": _sentence(error),
-        "traceback": _without_folders("".join(traceback.format_exception(error))),
-        "config": {**shown, "seed": run.arguments["seeds"][0], "arm": run.folder.parts[-2]},
-        "provenance": storage.provenance(),
-    }
-    with storage.atomic(path) as temporary:
-        temporary.write_text(json.dumps(contents, indent=1), encoding="utf-8")
-
-
-def _without_folders(text: str) -> str:
-    """A traceback that names files as ``finetune/training.py``, wherever they are."""
-
-    def shortened(found: re.Match[str]) -> str:
-        return "/".join(Path(found[0]).parts[-2:])
-
-    return re.sub(r'(?<=File ")[^"]+', shortened, text)
-
-
-def _sentence(error: Exception) -> str:
-    said = " ".join(str(error).split())
-    known = isinstance(error, ValueError | TypeError | OSError | MemoryError) and said
-    return said if known else f"{type(error).__name__}: {said}"
-
-
-def _sentence_in(path: Path) -> str:
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["error"])
-    except (ValueError, KeyError, TypeError):
-        return f"{path.name} is damaged"
-
-
-@contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[bool]:
-    """Whether the folder belongs to this process, until the block or the process ends.
-
-    The lock is on a file beside the folder, as the folder of a refused run is taken away. The file stays: a lock on one
-    that another process has just deleted would be worth nothing.
-    """
-    path = folder.with_name(f".{folder.name}.lock")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = True
-        except BlockingIOError:
-            is_ours = False
-        yield is_ours
-
-
-def _in_processes(
-    runs: Sequence[SweepRun], out: Path, retry_failed: bool, processes: int
-) -> Generator[_Outcome, None, None]:
-    """Hand out the trainings to processes; what a killed one was busy with goes to another one, once."""
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    threads = max(1, torch.get_num_threads() // processes)
-    waiting, killed = deque(runs), set[Path]()
-    workers: dict[Connection, BaseProcess] = {}
-    busy: dict[Connection, SweepRun] = {}
-
-    def give(pipe: Connection) -> None:
-        if not waiting:
-            return pipe.close()
-        busy[pipe] = waiting.popleft()
-        with contextlib.suppress(BrokenPipeError):  # then its end is noticed below
-            pipe.send(busy[pipe])
-
-    try:
-        for _ in range(processes):
-            ours, theirs = context.Pipe()
-            workers[ours] = context.Process(target=_work, args=(theirs, out, retry_failed, threads))
-            workers[ours].start()
-            theirs.close()
-            give(ours)
-        while busy:
-            for pipe in wait(list(busy)):
-                assert isinstance(pipe, Connection)
-                run = busy.pop(pipe)
-                try:
-                    outcome = pipe.recv()
-                except (EOFError, ConnectionResetError):
-                    pipe.close()
-                    if run.folder in killed:
-                        yield _Outcome(run.folder, "failed", "its process was killed, twice; the same command goes on")
-                    else:
-                        killed.add(run.folder)
-                        waiting.append(run)
-                    continue
-                if isinstance(outcome, Exception):
-                    raise outcome
-                yield outcome
-                give(pipe)
-        for run in waiting:
-            yield _Outcome(run.folder, "failed", "its process was killed; the same command goes on")
-    finally:
-        for pipe, worker in workers.items():
-            pipe.close()  # which ends an idle one
-            if busy:
-                worker.terminate()
-        for worker in workers.values():
-            worker.join()
-
-
-def _work(pipe: Connection, out: Path, retry_failed: bool, threads: int) -> None:
-    """Do the trainings that come through the pipe, and send back what became of each."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one is interrupted, too, and ends it
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    checked: set[str] = set()
-    with contextlib.suppress(EOFError):
-        while True:
-            run = pipe.recv()
-            try:
-                outcome: _Outcome | Exception = _attempt(run, out, retry_failed, checked)
-            except Exception as error:
-                outcome = error
-            pipe.send(outcome)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)

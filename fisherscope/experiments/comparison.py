@@ -6,12 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
+from ..finetune.results import SELECT, Which
 from . import tables
-from .arms import Arm, Group, is_loss, read_runs
-from .results import SELECT, Which
+from .arms import Arm, Group, is_loss
 from .statistics import Correction, Paired, Summary, brown_forsythe, corrected, paired, summarize
-
-__all__ = ["Arm", "Comparison", "Group", "Row", "compare_methods", "read_runs"]
 
 DRAWN = {
     "run": "Every seed has examples of its own, so the standard deviation is also over these.",
