@@ -181,7 +181,57 @@ class TestReading:
         save(tmp_path / "other" / "seed-0", "other", {0: 0.5})
         save_failure(tmp_path / "other" / "seed-3")
         (arm,) = read_runs(tmp_path)
-        assert (arm.values(), arm.crashed, arm.failures) == ({0: 0.5}, {3: "It broke"}, {3: "crashed: It broke"})
+        assert (arm.values(), arm.crashed, arm.failures()) == ({0: 0.5}, {3: "It broke"}, {3: "crashed: It broke"})
+
+    @pytest.mark.parametrize(
+        ("asked", "found"),
+        [
+            ({"protocol": "dps2022"}, r"protocol \(fixed-subset there, dps2022 now\)"),
+            ({"subset_seed": 5}, r"subset_seed \(0 there, 5 now\)"),
+            ({"learning_rate": 9.0}, r"learning_rate \(0.001 there, 9.0 now\)"),
+            ({"init": "random"}, r"init \(pretrained there, random now\)"),
+        ],
+    )
+    def test_a_crash_with_other_settings_does_not_count_for_the_arm(self, tmp_path, asked, found):
+        save(tmp_path / "first" / "other" / "seed-0", "other", {0: 0.5})
+        save_failure(tmp_path / "second" / "other" / "seed-3", **asked)
+        with pytest.raises(ValueError, match=rf"are both other on sums, with another setting: .*{found}; give their"):
+            read_runs(tmp_path)
+
+    def test_settings_of_an_arm_of_nothing_but_crashes_are_named(self, two):
+        save_failure(two / "other" / "seed-3", settings={"rate": 0.5})
+        assert "other: rate 0.5." in compare_methods(read_runs(two)).notes
+
+    def test_crashes_with_other_settings_are_no_arm_together(self, tmp_path):
+        for seed, epochs in ((3, 4), (5, 6)):
+            save_failure(tmp_path / "other" / f"seed-{seed}", seed=seed, epochs=epochs)
+        with pytest.raises(ValueError, match=r"with another setting: epochs \(4 there, 6 now\)"):
+            read_runs(tmp_path)
+
+    def test_a_crash_is_compared_by_the_recipe_that_its_method_makes(self, tmp_path):
+        """The method trains ten times as long as asked."""
+        settings = {"longer": 10}
+        save(tmp_path / "long" / "seed-0", "vanilla-long", {0: 0.5}, epochs=30.0, max_steps=None, own=settings)
+        save_failure(tmp_path / "long" / "seed-3", method="vanilla-long", epochs=3, settings=settings)
+        (arm,) = read_runs(tmp_path)
+        assert (list(arm.values()), list(arm.crashed)) == ([0], [3])
+
+    def test_seeds_that_began_with_other_weights_are_refused(self, tmp_path):
+        for seed, weights in ((0, "cc"), (1, "dd")):
+            known = {"train": "aa", "backbone": weights}
+            save(tmp_path / "vanilla" / f"seed-{seed}", values={seed: 0.5}, fingerprints=known)
+        with pytest.raises(
+            ValueError, match=r"seed-0 and .*seed-1 are both vanilla on sums, but began with .* of small \(cc, dd\)"
+        ):
+            read_runs(tmp_path)
+
+    @pytest.mark.parametrize("begun", [{"init": "random"}, {"before": {"task": "words"}}])
+    def test_weights_that_every_seed_makes_for_itself_may_differ(self, tmp_path, begun):
+        for seed, weights in ((0, "cc"), (1, "dd")):
+            known = {"train": "aa", "backbone": weights}
+            save(tmp_path / "vanilla" / f"seed-{seed}", values={seed: 0.5}, fingerprints=known, **begun)
+        (arm,) = read_runs(tmp_path)
+        assert (list(arm.values()), arm.fingerprints) == ([0, 1], {"train": "aa"})
 
     def test_an_arm_of_nothing_but_crashes_is_there(self, tmp_path):
         for seed in (3, 4):
@@ -190,7 +240,7 @@ class TestReading:
         assert (arm.method, list(arm.crashed), arm.group) == ("other", [3, 4], Group("small", 300, "sums"))
 
     def test_a_crash_that_was_mended_since_does_not_count(self, tmp_path):
-        save_failure(tmp_path / "other" / "seed-3")
+        save_failure(tmp_path / "other" / "seed-3", learning_rate=9.0)
         save(tmp_path / "other" / "seed-3", "other", {3: 0.5})
         (arm,) = read_runs(tmp_path)
         assert (arm.values(), arm.crashed) == ({3: 0.5}, {})
@@ -229,6 +279,80 @@ class TestReading:
         path.write_text(json.dumps({**json.loads(path.read_text()), "config": {}}))
         with pytest.raises(WrongFile, match=r"failed\.json was cut short, or has damaged contents; remove it"):
             read_runs(tmp_path)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            {"evaluations": "abc"},
+            {"evaluations": [{"step": 1, "epoch": 1.0, "loss": 0.5}]},
+            {"evaluations": [{"step": 1, "epoch": 1.0, "loss": 0.5, "accuracy": "high"}]},
+            {"evaluations": [{"step": 1, "epoch": 1.0, "loss": 0.5, "accuracy": None}]},
+            {"evaluations": [{"epoch": 1.0, "loss": 0.5, "accuracy": 0.5}]},
+            {"evaluations": [{"step": 0, "epoch": 0.0, "loss": 0.5, "accuracy": 0.5}]},
+            {"losses": None},
+            {"losses": [{"loss": 0.1}]},
+            {"baselines": None},
+            {"seed": "0"},
+            {"constant": 0},
+            {"status": "lost"},
+            {"seconds_per_step": None},
+            {"new": 1},
+        ],
+        ids=str,
+    )
+    def test_damage_in_a_training_is_refused_by_name(self, two, damage):
+        path = two / "better" / "results.json"
+        contents = json.loads(path.read_text())
+        contents["runs"][0] |= damage
+        path.write_text(json.dumps(contents))
+        with pytest.raises(WrongFile, match=r"better/results\.json has damaged contents"):
+            read_runs(two)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            {"runs": {"a": 1}},
+            {"runs": [3]},
+            {"metric": None},
+            {"settings": [1]},
+            {"settings": {"model": "small", "train_size": "all"}},
+            {"settings": {"model": "small", "settings": [1]}},
+            {"provenance": {"command": "x"}},
+            {"provenance": None},
+            {"fingerprints": None},
+        ],
+        ids=str,
+    )
+    def test_damage_beside_the_trainings_is_refused_by_name(self, two, damage):
+        path = two / "better" / "results.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+        with pytest.raises(WrongFile, match=r"better/results\.json has damaged contents"):
+            read_runs(two)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            {"task": None},
+            {"task": ["a", "b"]},
+            {"model": None},
+            {"method": 3},
+            {"seed": "3"},
+            {"train_size": "x"},
+            {"protocol": None},
+            {"method": "vanilla", "learning_rate": -1},
+            {"settings": [1]},
+        ],
+        ids=str,
+    )
+    def test_damage_in_a_failure_is_refused_by_name(self, two, damage):
+        save_failure(two / "other" / "seed-3", **damage)
+        with pytest.raises(WrongFile, match=r"seed-3/failed\.json has damaged contents; remove it"):
+            read_runs(two)
+
+    def test_a_file_of_another_name_is_refused(self, two):
+        (two / "README.md").write_text("Runs.")
+        with pytest.raises(ValueError, match=r"README\.md is not a file of a run \(results\.json, .*; give folders"):
+            read_runs(two / "README.md")
 
     def test_a_folder_without_runs_is_refused(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"no results of fine-tuning in .*; give folders that"):
@@ -344,6 +468,32 @@ class TestNumbers:
         save(two / "words", task="words", metric="loss")
         assert [group.task for group in compare_methods(read_runs(two)).groups] == ["sums", "words"]
 
+    def test_losses_have_a_mean_of_which_less_is_better(self, two_tasks):
+        rows = compare_methods(read_runs(two_tasks), metric="loss").rows
+        assert row_of(compare_methods(read_runs(two_tasks)), "better", "mean over 2 tasks").less_is_better is False
+        assert all(row.less_is_better for row in rows)
+        assert rows[-1].metric == "mean of loss of sums, loss of words"
+
+    def test_losses_in_two_units_have_no_mean(self, tmp_path):
+        for task, objective in (("sums", "classification"), ("words", "regression")):
+            save(tmp_path / task, task=task, objective=objective)
+        runs = read_runs(tmp_path)
+        assert [group.task for group in compare_methods(runs, metric="loss").groups] == ["sums", "words"]
+        assert len(compare_methods(runs, metric="accuracy").groups) == 3
+
+    def test_a_failure_is_judged_at_the_epoch_that_counts(self, tmp_path):
+        """Best in the first epoch, and no better than the labels in the last one."""
+        lost = training(0, 0.8, 0.4, constant=True, baselines={"accuracy": 0.5})
+        both = (lost, replace(lost, seed=1, status="diverged"))
+        save(tmp_path, runs=[with_select(run, 0.8, 0.4) for run in both])
+        runs = read_runs(tmp_path)
+        selected, last = compare_methods(runs), compare_methods(runs, which="last")
+        assert (selected.which, selected.rows[0].summary.failed, last.rows[0].summary.failed) == ("selected", 1, 2)
+        (note,) = (note for note in selected.notes if note.startswith("Failed"))
+        assert note.endswith("seed 1: diverged.")
+        assert "predicts one thing for all" in last.to_markdown()
+        assert "predicts one thing for all" not in selected.to_markdown()
+
     def test_failed_trainings_are_counted_and_named(self, two):
         runs = [training(0, 0.5), training(1, 0.1, constant=True), training(2, 0.6)]
         save(two / "other", "other", runs=runs)
@@ -356,7 +506,7 @@ class TestNumbers:
         save_failure(two / "sweep" / "other" / "seed-3")
         comparison = compare_methods(read_runs(two))
         row = row_of(comparison, "other")
-        assert (row.summary.runs, row.summary.measured, row.summary.failed, row.crashed) == (2, 1, 1, {3: "It broke"})
+        assert (row.summary.runs, row.summary.measured, row.summary.failed) == (2, 1, 1)
         assert any(note.endswith("seed 3: crashed: It broke.") for note in comparison.notes)
 
     def test_an_arm_of_nothing_but_crashes_is_a_row_without_numbers(self, two):
@@ -388,6 +538,12 @@ class TestNumbers:
         assert "With one seed nothing can be tested" in text
         assert "| better | 1 | 0.750 |" in text and "+0.250 |" in text
 
+    def test_no_common_seeds_are_not_one_seed(self, two):
+        save(two / "better", "better", {5: 0.6, 6: 0.7})
+        notes = compare_methods(read_runs(two)).notes
+        assert not any("one seed" in note for note in notes)
+        assert any(note.startswith("Without two seeds for which vanilla and another have a number") for note in notes)
+
     def test_time_is_relative_to_the_reference(self, tmp_path):
         save(tmp_path / "vanilla", runs=[training(seed, 0.5, seconds=s) for seed, s in enumerate((1.0, 2.0, 9.0))])
         save(tmp_path / "better", "better", runs=[training(seed, 0.5, seconds=3.0) for seed in range(3)])
@@ -412,7 +568,7 @@ class TestNumbers:
         save(tmp_path / "drawn", subset_seed="run")
         fixed, drawn = (compare_methods(read_runs(tmp_path / name)).notes[0] for name in ("fixed", "drawn"))
         assert fixed.startswith("All seeds have the same training examples")
-        assert drawn.startswith("Every seed has examples of its own")
+        assert drawn.startswith("Every seed draws examples of its own") and "unless it takes all" in drawn
 
     @pytest.mark.parametrize("task", ["acceptability", "similarity"])
     def test_real_runs_by_a_shorter_way(self, task):
@@ -443,6 +599,11 @@ class TestRefusals:
 
     def test_two_protocols(self, two):
         save(two / "other", "other", protocol="zhang2020")
+        with pytest.raises(ValueError, match=r"one protocol, but .* has fixed-subset and other .* has zhang2020"):
+            compare_methods(read_runs(two))
+
+    def test_crashes_under_another_protocol(self, two):
+        save_failure(two / "other" / "seed-3", protocol="zhang2020")
         with pytest.raises(ValueError, match=r"one protocol, but .* has fixed-subset and other .* has zhang2020"):
             compare_methods(read_runs(two))
 
@@ -484,6 +645,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match="no metric 'bleu'; it has accuracy, f1, loss"):
             compare_methods(read_runs(two), metric="bleu")
 
+    @pytest.mark.parametrize("name", ["epoch", "step", "select_accuracy", "select_loss"])
+    def test_what_is_no_metric_on_the_report_examples(self, tmp_path, name):
+        save(tmp_path, runs=[with_select(training(0, 0.5), 0.6)])
+        with pytest.raises(ValueError, match=f"no metric '{name}'; it has accuracy, f1, loss"):
+            compare_methods(read_runs(tmp_path), metric=name)
+
     def test_two_main_metrics_of_one_task(self, two):
         save(two / "other", "other", metric="f1")
         with pytest.raises(ValueError, match=r"have the main metrics accuracy, f1; say which"):
@@ -520,9 +687,30 @@ class TestTables:
         text = compare_methods(read_runs(two_tasks)).to_markdown()
         for words in ("after the last epoch", "ddof 1", "fixed-subset", "95 % interval of the paired t test"):
             assert words in text
-        assert "corrected for the number of differences in these tables, 4 (Holm)" in text
+        assert "in these tables (Holm): 4 t tests, 4 sign-flip tests and 4 of equal spread." in text
+        assert "cannot go below 2/2ⁿ; of more seeds it takes random flips and cannot go below 1/100001." in text
+        assert "Holm's correction multiplies that" in text
         assert "### sums, small, 300 training examples: accuracy" in text
         assert "p, sign-flip test, at least 0.062 (Holm)" in text
+
+    def test_every_test_is_counted_by_itself(self, tmp_path):
+        """Equal differences have no t test."""
+        save(tmp_path / "vanilla", values=[0.25, 0.5, 0.75])
+        save(tmp_path / "shifted", "shifted", [0.5, 0.75, 1.0])
+        save(tmp_path / "short", "short", [0.3, 0.9])
+        comparison = compare_methods(read_runs(tmp_path), correction="benjamini-hochberg")
+        assert comparison.tested == {"p_t": 1, "p_permutation": 2, "p_spread": 2}
+        text = comparison.to_markdown()
+        assert "(Benjamini-Hochberg): 1 t tests, 2 sign-flip tests and 2 of equal spread" in text
+        assert "multiplies" not in text
+
+    def test_where_the_sign_flip_test_ends_for_arms_of_few_and_many_seeds(self, tmp_path):
+        save(tmp_path / "vanilla", values=[0.5 + 0.01 * seed for seed in range(11)])
+        save(tmp_path / "long", "long", [0.6 + 0.02 * seed for seed in range(11)])
+        assert "p, sign-flip test (Holm)" in compare_methods(read_runs(tmp_path)).to_markdown()
+        save(tmp_path / "short", "short", [0.6, 0.7, 0.8])
+        heads = cells_of(compare_methods(read_runs(tmp_path)).to_markdown())[0]
+        assert "p, sign-flip test, at least 0.00098 to 0.25 (Holm)" in heads
 
     def test_numbers_of_a_row(self, two):
         comparison = compare_methods(read_runs(two))
@@ -551,6 +739,28 @@ class TestTables:
         comparison = compare_methods(read_runs(two), metric="loss")
         assert re.search(r"\| better \| 5 \| \*\*0\.386", comparison.to_markdown())
         assert "**" not in compare_methods(read_runs(two), metric="loss", reference="better").to_markdown()
+
+    def test_of_mean_losses_the_highest_is_not_bold(self, two_tasks):
+        comparison = compare_methods(read_runs(two_tasks), metric="loss", reference="better")
+        row = comparison.rows[-1]
+        assert (row.arm, row.paired.excludes_zero, row.paired.mean > 0) == ("vanilla", True, True)
+        assert "**" not in comparison.to_markdown()
+        table = compare_methods(read_runs(two_tasks), metric="loss").to_markdown().split("### mean over 2 tasks")[1]
+        assert re.search(r"\| better \| 5 \| \*\*", table)
+
+    def test_the_best_mean_is_not_bold_if_it_loses_on_the_common_seeds(self, tmp_path):
+        save(tmp_path / "vanilla", values=[0.3, 0.31, 0.29, 0.8, 0.82, 0.81])
+        save(tmp_path / "other", "other", {3: 0.70, 4: 0.72, 5: 0.715})
+        comparison = compare_methods(read_runs(tmp_path))
+        row = row_of(comparison, "other")
+        assert row.summary.mean > row_of(comparison, "vanilla").summary.mean
+        assert row.paired.excludes_zero and row.paired.mean < 0
+        assert "**" not in comparison.to_markdown()
+
+    def test_an_error_of_several_lines_is_one(self, two):
+        save_failure(two / "other" / "seed-3", error="No memory left.\nTried | to\n- allocate")
+        text = compare_methods(read_runs(two)).to_markdown()
+        assert text.endswith("seed 3: crashed: No memory left. Tried \\| to - allocate.\n")
 
     def test_failed_ones_get_a_column_where_there_are_any(self, two):
         assert "without failed" not in compare_methods(read_runs(two)).to_markdown()

@@ -23,6 +23,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from fisherscope import plots
+from fisherscope.cli import main
 from fisherscope.comparison import compare
 from fisherscope.finetune.methods.guided_dropout import GuidedSite
 from fisherscope.landscape import Axis, Landscape
@@ -545,10 +546,50 @@ ZERO = scores({"a.layer.0.w": [0.0, 0.0]}, name="m")
 def test_what_cannot_be_drawn_is_refused_in_a_sentence(
     tmp_path: Path, draw: Callable[[Path], Path], error: type[Exception], sentence: str
 ):
+    assert_refused(tmp_path, draw, error, sentence)
+
+
+def assert_refused(folder: Path, draw: Callable[[Path], Path], error: type[Exception], sentence: str) -> None:
+    """A figure is refused in exactly this sentence, and nothing is left of it."""
     with pytest.raises(error) as caught:
-        draw(tmp_path / "a.pdf")
+        draw(folder / "a.pdf")
     assert str(caught.value) == sentence
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["scores.h5", "--reference", "a"], "argument --reference: not for --kind layers of scores"),
+        (["scores.h5", "--which", "last"], "argument --which: not for --kind layers of scores"),
+        (["scores.h5", "--metric", "loss"], "argument --metric: not for --kind layers of scores"),
+        (["scores.h5", "--width", "one-column"], "argument --width: not for --kind layers of scores"),
+        (["scores.h5", "--by", "entry"], "argument --by: not for --kind layers of scores"),
+        (
+            ["scores.h5", "--kind", "sorted", "--fraction", "0.1"],
+            "argument --fraction: not for --kind sorted of scores",
+        ),
+        (
+            ["mask.safetensors", "mask.safetensors", "--fraction", "0.1"],
+            "argument --fraction: not for --kind comparison of masks",
+        ),
+        (["map.h5", "--normalized"], "argument --normalized: not for --kind surface of landscapes"),
+        (["map.h5", "--kind", "page", "--width", "one-column"], "argument --width: not for --kind page of landscapes"),
+        (["map.h5", "--out", "a.vts", "--kind", "contour"], "argument --kind: not for files for ParaView"),
+    ],
+)
+def test_flags_without_effect_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], sentence: str
+):
+    some_scores().save(tmp_path / "scores.h5")
+    top_fraction(some_scores(), 0.5).save(tmp_path / "mask.safetensors")
+    bowl().save(tmp_path / "map.h5")
+    before = sorted(tmp_path.iterdir())
+    words = [str(tmp_path / word) if (tmp_path / word) in before or word == "a.vts" else word for word in words]
+    with pytest.raises(SystemExit):
+        main(["plot", *words, *([] if "--out" in words else ["--out", str(tmp_path / "a.png")])])
+    assert sentence in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_scores_of_different_reductions_can_be_compared_when_normalised():

@@ -1,6 +1,7 @@
 """Figures of runs: the numbers they show against numpy and scipy, and that both backends draw these."""
 
 import inspect
+import itertools
 import json
 import math
 import re
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 from scipy import stats
+from test_plots import assert_refused
 
 import fisherscope as fs
 from fisherscope import plots
@@ -21,8 +24,19 @@ from fisherscope.cli import main
 from fisherscope.experiments.arms import Arm
 from fisherscope.finetune.results import Results, SeedResult
 from fisherscope.plots import _matplotlib_runs, _plotly_runs
+from fisherscope.plots._matplotlib_layout import DASHES
 from fisherscope.plots._prepare import COLOURS
-from fisherscope.plots._prepare_runs import alike, boxes, costs, critical_difference, learning, ranks, sizes
+from fisherscope.plots._prepare_runs import (
+    STYLES,
+    alike,
+    boxes,
+    costs,
+    critical_difference,
+    learning,
+    ranks,
+    side_step,
+    sizes,
+)
 
 REAL = Path(__file__).parent.parent / "figures" / "finetune" / "builtin_bert"
 PUBLIC = ["learning_curves", "run_boxes", "run_costs", "run_ranks", "run_sizes"]
@@ -155,6 +169,14 @@ def test_all_examples_are_the_share_1_but_no_known_number():
     assert any("Without the runs on all training examples" in note for note in numbers.notes)
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 39])
+def test_lines_are_moved_by_8_percent_at_most(count: int):
+    factors = np.array([side_step(number, count) for number in range(count)])
+    assert (np.abs(np.log(factors)) <= np.log(1.08) + 1e-12).all()
+    assert (np.diff(factors) > 0).all()
+    assert factors.prod() == pytest.approx(1.0)
+
+
 def test_ranks_are_scipys_over_all_blocks():
     shown = ranks([*three(), *three("words")], None, "last")
     ranked = stats.rankdata(-np.array([VANILLA, BETTER, OTHER]), axis=0).mean(axis=1)
@@ -191,7 +213,16 @@ def test_methods_that_lack_a_block_are_left_out_by_name():
 def test_a_block_of_few_methods_is_left_out():
     shown = ranks([arm(), arm("a"), arm("b", [*BETTER, 0.5])], None, None)
     assert len(shown.names) == 3
-    assert "Left out: 1 block that fewer than half of the methods have." in shown.notes
+    told = "Left out, as fewer than half of the methods have them: 1 block on sums, small, 300 training examples."
+    assert told in shown.notes
+
+
+def test_a_size_of_few_methods_is_left_out_with_all_its_runs():
+    usual = [*three(), arm("c"), arm("d", BETTER)]
+    alone, shown = (ranks(given, None, None) for given in (usual, [*usual, arm("c", size=1000), arm("d", size=1000)]))
+    assert (shown.names, shown.means.tolist()) == (alone.names, alone.means.tolist())
+    told = "Left out, as fewer than half of the methods have them: 5 blocks on sums, small, 1000 training examples."
+    assert set(shown.notes) - set(alone.notes) == {told}
 
 
 @pytest.mark.parametrize(
@@ -256,10 +287,42 @@ def test_all_methods_of_a_task_have_one_range():
     assert (low, high) == (pytest.approx(min(values) - margin), pytest.approx(max(values) + margin))
 
 
+def test_one_huge_loss_of_a_failed_run_moves_no_axis():
+    usual = learning(three(), "vanilla", None).tasks[0]
+    losses = [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 1e6}]
+    given = [*three(), arm("c", runs=[training(0, 0.5), training(1, 0.5, losses=losses, status="diverged")])]
+    shown = learning(given, "vanilla", None)
+    assert [shown.tasks[0].limits(quantity) for quantity in (0, 1)] == [usual.limits(quantity) for quantity in (0, 1)]
+    told = "Axes hold the runs that did not fail; failed ones, and means with them, go beyond."
+    assert told in shown.notes
+    assert told not in learning(three(), "vanilla", None).notes
+
+
+def test_where_all_runs_failed_the_axes_hold_them():
+    given = [arm(runs=[training(0, 0.5, status="diverged")])]
+    assert learning(given, "vanilla", None).tasks[0].limits(0) == pytest.approx((0.25 - 0.0375, 1 + 0.0375))
+
+
+def test_horizontal_axes_end_with_the_epochs_of_each_method():
+    rows = [{"step": 2 * epoch, "epoch": float(epoch), "loss": 0.5, "accuracy": 0.5} for epoch in range(1, 41)]
+    shown = learning([arm(), arm("vanilla-long", runs=[training(0, 0.5, evaluations=rows)])], "vanilla", None)
+    assert [shown.tasks[0].epochs(number) for number in (0, 1)] == [2.0, 40.0]
+    assert "Horizontal axes end where the runs of each method do." in shown.notes
+    ends = [1.02 * 2, 1.02 * 2, 1.02 * 40, 1.02 * 40]
+    assert [axes.get_xlim() for axes in _matplotlib_runs.learning_curves(shown).axes] == [(0, end) for end in ends]
+    layout = _plotly_runs.learning_curves(shown).layout
+    assert sorted(layout[f"xaxis{number}"].range[1] for number in ("", 2, 3, 4)) == ends
+
+
 def test_costs_are_ratios_to_the_reference_and_gibibytes():
     shown = costs([arm(), arm("b", seconds=0.75)], "vanilla")
     assert shown.panels[0].times.tolist() == [1.0, 1.5]
     assert shown.panels[0].memory.tolist() == [1.0, 1.0]
+
+
+def test_costs_need_no_common_main_metric():
+    shown = costs([arm(), replace(arm("b", seconds=0.75), metric="loss")], "vanilla")
+    assert shown.panels[0].times.tolist() == [1.0, 1.5]
 
 
 def test_times_of_other_devices_are_not_compared():
@@ -287,6 +350,9 @@ def test_times_of_other_devices_are_not_compared():
         (lambda out: plots.run_sizes([arm(size=100), arm(size=0.5)], out), ValueError,
          "run_sizes needs training sizes of one kind, got numbers of examples and shares of all (0.5, 100); draw them "
          "in separate figures."),
+        (lambda out: plots.run_sizes(by_many(STYLES + 1), out), ValueError,
+         "run_sizes needs at most 210 methods, as it has so many kinds of lines, got 211; leave folders out, or draw "
+         "these as boxes."),
         (lambda out: plots.run_ranks([arm(), arm("b")], out), ValueError,
          "run_ranks needs at least three methods that all have the same blocks (seeds of tasks), two or more, got 2 "
          "with 5; run what is missing, or leave folders out."),
@@ -296,13 +362,27 @@ def test_times_of_other_devices_are_not_compared():
 def test_what_cannot_be_drawn_is_refused_in_a_sentence(
     tmp_path: Path, draw: Callable[[Path], Path], error: type[Exception], sentence: str
 ):
-    with pytest.raises(error) as caught:
-        draw(tmp_path / "a.pdf")
-    assert str(caught.value) == sentence
-    assert list(tmp_path.iterdir()) == []
+    assert_refused(tmp_path, draw, error, sentence)
 
 
 # Files and pages
+
+
+def by_many(count: int) -> list[Arm]:
+    """Methods on two sizes."""
+    names = ["vanilla", *(f"m{number}" for number in range(1, count))]
+    return [arm(name, [0.5], size=size) for size in (100, 300) for name in names]
+
+
+def rising(count: int, name: str) -> list[Arm]:
+    """Methods of which each is a little better than the one before, so that ranks have many bars."""
+    draw = np.random.default_rng(0)
+    names = ["vanilla", *(f"{name}{number:02d}" for number in range(1, count))]
+    return [
+        arm(name, (0.3 + 0.02 * number + 0.03 * draw.normal(size=4)).tolist(), task)
+        for task in ("sums", "words")
+        for number, name in enumerate(names)
+    ]
 
 
 def many() -> list[Arm]:
@@ -355,7 +435,27 @@ def test_both_backends_have_the_same_functions():
 def test_nothing_on_a_printed_page_overlaps_or_is_cut_off(name: str, given: Callable[[], list[Arm]]):
     if name == "run_sizes" and given is three:
         given = by_sizes
-    figure = getattr(_matplotlib_runs, name)(PREPARED[name](given()))
+    assert_nothing_overlaps(getattr(_matplotlib_runs, name)(PREPARED[name](given())))
+
+
+@pytest.mark.parametrize(("count", "name"), [(38, "m"), (60, "a-method-with-a-long-name-")])
+def test_ranks_of_many_methods_have_room_beside_their_bars(count: int, name: str):
+    shown = ranks(rising(count, name), None, None)
+    assert len(shown.alike) > 10
+    figure = _matplotlib_runs.run_ranks(shown)
+    assert_nothing_overlaps(figure)
+    (axes,) = figure.axes
+    assert axes.get_position().width * figure.get_figwidth() > 1.0
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    ticks = [label.get_window_extent(renderer) for label in axes.get_xticklabels()]
+    assert len(ticks) > 3
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(ticks))
+    bars = [line for line in axes.lines if line.get_linewidth() == 2.0]
+    assert min(np.diff([bar.get_window_extent(renderer).x0 for bar in bars])) > 2.0 * figure.dpi / 72
+
+
+def assert_nothing_overlaps(figure: Figure) -> None:
+    """Texts and axes stand on the page, none on another."""
     inside, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
     assert width in (3.3, 6.9)
     assert max(-inside.x0, -inside.y0, inside.x1 - width, inside.y1 - height) <= 0.0
@@ -420,13 +520,34 @@ def test_both_backends_draw_means_by_size():
     axes = _matplotlib_runs.run_sizes(shown).axes[0]
     container = axes.containers[0]
     x, y = container.lines[0].get_data()
-    np.testing.assert_allclose(x, line.x * _matplotlib_runs.side_step(0, 3))
+    np.testing.assert_allclose(x, line.x * side_step(0, 3))
     np.testing.assert_allclose(y, line.mean)
     bars = np.array(container.lines[2][0].get_segments())
     np.testing.assert_allclose(bars[:, :, 1], np.column_stack([line.low, line.high]))
     trace = _plotly_runs.run_sizes(shown).data[0]
-    np.testing.assert_array_equal(trace.x, line.x)
+    np.testing.assert_allclose(trace.x, line.x * side_step(0, 3))
+    np.testing.assert_array_equal(trace.customdata, line.x)
     np.testing.assert_allclose(trace.y + trace.error_y.array, line.high)
+
+
+def test_all_panels_of_sizes_have_one_axis_that_no_label_leaves():
+    shown = sizes([*by_sizes(), *three("words", 100), *three("words", 300)], "vanilla", None, None)
+    figure = _matplotlib_runs.run_sizes(shown)
+    assert_nothing_overlaps(figure)
+    assert [axes.get_xlim() for axes in figure.axes[:2]] == [pytest.approx((100 / 1.2, 1200))] * 2
+    layout = _plotly_runs.run_sizes(shown).layout
+    assert [tuple(axis.range) for axis in (layout.xaxis, layout.xaxis2)] == [tuple(np.log10([100 / 1.2, 1200]))] * 2
+
+
+def test_both_backends_draw_each_method_in_a_style_of_its_own():
+    shown = sizes(by_many(46), "vanilla", None, None)
+    lines = [container.lines[0] for container in _matplotlib_runs.run_sizes(shown).axes[0].containers]
+    assert len({(line.get_color(), line.get_marker(), line.get_linestyle()) for line in lines}) == 46
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 42
+    traces = _plotly_runs.run_sizes(shown).data
+    assert len({(trace.line.color, trace.marker.symbol, trace.line.dash) for trace in traces}) == 46
+    for markers, dashes in ((_matplotlib_runs._MARKERS, DASHES), (_plotly_runs._MARKERS, _plotly_runs._DASHES)):
+        assert math.lcm(len(COLOURS), len(markers), len(dashes)) == STYLES
 
 
 def test_both_backends_draw_mean_ranks_and_bars():
@@ -442,18 +563,22 @@ def test_both_backends_draw_mean_ranks_and_bars():
 
 
 def test_both_backends_draw_every_seed_and_their_mean():
-    runs = [training(0, 0.5), training(1, 0.2, status="diverged", baselines={"label_entropy": 0.6, "accuracy": 0.3})]
-    shown = learning([arm(runs=runs)], "vanilla", None)
+    failed = training(0, 0.2, status="diverged", baselines={"label_entropy": 0.6, "accuracy": 0.3})
+    shown = learning([arm(runs=[failed, training(1, 0.5)])], "vanilla", None)
     loss, metric = _matplotlib_runs.learning_curves(shown).axes
     for number, axes in enumerate((loss, metric)):
         course, level = shown.tasks[0].courses[number][0], shown.tasks[0].levels[number]
         drawn = [list(line.get_ydata()) for line in axes.lines]
-        assert drawn == [*map(list, course.seeds), list(course.mean), [level, level]]
-    assert [to_hex(line.get_color()) for line in loss.lines[:2]] == [COLOURS[0].lower(), COLOURS[1].lower()]
+        assert drawn == [list(course.seeds[1]), list(course.mean), list(course.seeds[0]), [level, level]]
+    good, _, bad, _ = loss.lines
+    assert [to_hex(line.get_color()) for line in (good, bad)] == [COLOURS[0].lower(), COLOURS[1].lower()]
+    assert bad.get_linewidth() > good.get_linewidth()
     traces = _plotly_runs.learning_curves(shown).data
     assert [list(trace.y) for trace in traces] == [
-        list(y) for both in shown.tasks[0].courses for y in (*both[0].seeds, both[0].mean)
+        list(y) for both in shown.tasks[0].courses for y in (both[0].seeds[1], both[0].mean, both[0].seeds[0])
     ]
+    assert traces[2].line.color == COLOURS[1]
+    assert traces[2].line.width > traces[0].line.width
 
 
 def test_both_backends_draw_bars_of_time_and_memory():
@@ -489,6 +614,10 @@ def test_real_runs_are_drawn_with_all_their_seeds():
         (["--kind", "cost", "--metric", "loss"], "argument --metric: not for --kind cost of runs"),
         (["--kind", "ranks", "--reference", "vanilla"], "argument --reference: not for --kind ranks of runs"),
         (["--titles", "a"], "argument --titles: not for --kind boxes of runs"),
+        (["--width", "one-column"], "argument --width: not for --kind boxes of runs"),
+        (["--by", "entry"], "argument --by: not for --kind boxes of runs"),
+        (["--normalized"], "argument --normalized: not for --kind boxes of runs"),
+        (["--fraction", "0.1"], "argument --fraction: not for --kind boxes of runs"),
     ],
 )
 def test_flags_without_effect_on_runs_are_refused(

@@ -92,10 +92,14 @@ class TestRoles:
         train = {300: 300, 0.1: 120, None: available}[size]
         left = available - train
         select = {
-            DEFAULT: min(train, left), "somayajula2024": min(200, left), "zhang2020": 150,
+            DEFAULT: min(train, left), "somayajula2024": min(train // 6, left), "zhang2020": 150,
         }.get(name, 0)  # fmt: skip
         report = {"zhang2020": 150}.get(name, 300)
         assert [len(flat(role)) for role in all_roles(roles)] == [train, select, report]
+
+    @pytest.mark.parametrize(("size", "select"), [(5, 0), (300, 50), (305, 50), (1100, 100), (None, 0)])
+    def test_a_sixth_of_the_asked_for_size_selects_or_what_is_left(self, size, select):
+        assert len(flat(roles_of("somayajula2024", size=size).select)) == select
 
     @pytest.mark.parametrize("name", PROTOCOLS)
     def test_with_all_examples_none_is_lost(self, name):
@@ -142,6 +146,19 @@ class TestRoles:
     def test_a_split_alone_can_be_divided_in_four_to_one(self):
         roles = roles_of("sharma2024", Splits(CLASSES[:10], np.empty(0, int)))
         assert [len(flat(role)) for role in all_roles(roles)] == [8, 0, 2]
+
+    @pytest.mark.parametrize(("size", "count"), [(0.499, 39), (0.001, 1), (33, 33), (None, 80)])
+    def test_a_fraction_of_the_four_fifths_is_cut_below(self, size, count):
+        assert len(flat(roles_of("sharma2024", Splits(CLASSES[:90], CLASSES[:10]), size).train)) == count
+
+    def test_the_validation_split_of_mnli_is_not_shuffled_in(self):
+        source = replace(fs.read_task(TASK), name="mnli:train")
+        splits = Splits.of(source, fs.read_task(TASK, "validation"), "classification")
+        roles = roles_of("sharma2024", splits, 100)
+        assert roles.report == {"validation": list(range(splits.validation.size))} and not roles.select
+        assert list(roles.train) == ["train"] and len(roles.train["train"]) == 100
+        assert flat(roles.train) < flat(roles_of("sharma2024", splits).train)
+        assert len(roles_of("sharma2024", splits).train["train"]) == splits.train.size
 
     def test_halves_have_the_same_classes(self):
         roles = roles_of("zhang2020", size=100)
@@ -357,11 +374,12 @@ class TestBaselines:
 
 
 class TestFailure:
-    def failure(self, accuracy=0.9, losses=(0.7, 0.7, 0.7, 0.3, 0.2, 0.1), metric="accuracy", **facts):
-        rows = epochs(loss=[0.7, 0.3], accuracy=[0.5, accuracy], matthews=[0.0, 0.4])
+    def failure(self, accuracy=0.9, losses=(0.7, 0.7, 0.7, 0.3, 0.2, 0.1), metric="accuracy", which="last", **facts):
+        select = {"select_loss": [0.1, 0.2], "select_accuracy": [0.9, 0.8]}
+        rows = epochs(loss=[0.7, 0.3], accuracy=[facts.pop("first", 0.5), accuracy], matthews=[0.0, 0.4], **select)
         logged = [{"step": i, "loss": loss} for i, loss in enumerate(losses, 1)]
         run = training(rows, logged, **({"baselines": {"accuracy": 0.5, "label_entropy": math.log(2)}} | facts))
-        return Results("rte", "vanilla", metric, {}, [run]).failure(run)
+        return Results("rte", "vanilla", metric, {}, [run]).failure(run, which)
 
     def test_a_training_that_learned_has_not_failed(self):
         assert self.failure() is None
@@ -382,6 +400,20 @@ class TestFailure:
         loss = factor * math.log(2)
         found = self.failure(losses=(9, 9, 9, loss - 0.1, loss, loss + 0.1))
         assert (found is not None) == failed
+
+    @pytest.mark.parametrize("which", ["selected", "best"])
+    def test_the_main_metric_is_that_of_the_evaluation_that_counts(self, which):
+        """Good in the first epoch, lost in the second."""
+        facts = {"accuracy": 0.4, "first": 0.8, "constant": True}
+        assert self.failure(**facts, which=which) is None
+        assert self.failure(**facts) == "one prediction for all, accuracy no better than the 0.5000 of the labels alone"
+
+    def test_an_epoch_that_is_no_better_has_failed_though_a_later_one_learned(self):
+        assert self.failure(0.9, which="selected") == "accuracy no better than the 0.5000 of the labels alone"
+
+    @pytest.mark.parametrize("facts", [{"status": "diverged"}, {"losses": [math.log(2)] * 6}])
+    def test_whatever_evaluation_counts_it_diverged_or_stayed_at_the_entropy(self, facts):
+        assert self.failure(first=0.8, which="selected", **facts) is not None
 
     def test_all_reasons_are_said(self):
         found = self.failure(0.5, losses=[math.log(2)] * 6, constant=True)

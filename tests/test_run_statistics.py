@@ -145,6 +145,13 @@ def test_random_flips_are_never_p_zero():
     assert sign_flip_p(np.ones(40)) == 1 / (1 + statistics.FLIPS)
 
 
+def test_smallest_p_is_that_of_the_test_of_as_many_seeds():
+    for count in (2, 9, 20, 21, 25):
+        values = {seed: 0.6 + 0.0011 * seed for seed in range(count)}
+        found = paired(values, dict.fromkeys(values, 0.5))
+        assert found.p_permutation == found.smallest_p == (2 / 2**count if count <= 20 else 1 / 100_001)
+
+
 def test_no_difference_at_all():
     found = paired(HERE, HERE)
     assert (found.mean, found.low, found.high, found.p_t, found.p_permutation) == (0.0, 0.0, 0.0, 1.0, 1.0)

@@ -1,8 +1,10 @@
 """Sweeps: what a file means, and that every training is done once, whatever happens to the processes."""
 
+import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from fisherscope.experiments import Sweep, load_sweep, run_sweep, running
 from fisherscope.experiments.failure import Failure
 from fisherscope.finetune import Results, finetune
 from fisherscope.finetune.callback import STATE_FILE
+from fisherscope.finetune.folder import leave
 
 ROOT = Path(__file__).parent.parent
 TASK = "cola"
@@ -140,17 +143,35 @@ class TestFile:
             ({"seeds": []}, "seeds must be a number of at least 1, or a list"),
             ({"seeds": 0}, "seeds must be a number of at least 1, or a list"),
             ({"seeds": [-1]}, "seeds must be a number of at least 1, or a list"),
+            ({"seeds": [2**32]}, "a list of seeds from 0 to 4294967295; got .4294967296"),
             ({"seeds": [True]}, "seeds must be a number of at least 1, or a list"),
             ({"train_size": "most"}, "train_size must be a number of examples, a fraction, or all; got 'most'"),
             ({"train_size": [24, 0]}, "train_size must be a number of examples"),
             ({"train_size": True}, "train_size must be a number of examples"),
             ({"model": 3}, "model must be a name or a list of names; got 3"),
+            ({"model": ["a", ""]}, "model must be a name or a list of names; got ''"),
             ({"task": "rtee"}, "task must be one of .*; got 'rtee'"),
             ({"intermediate_task": "rtee"}, "intermediate_task must be one of .*; got 'rtee'"),
             ({"method": "vanila"}, "in the arm vanila: There is no method .vanila. .did you mean .vanilla."),
             ({"settings": {"weight": 1}}, "in the arm vanilla: vanilla has no setting 'weight'"),
             ({"settings": "weight"}, "settings must be a mapping or null; got 'weight'"),
             ({"method": "top-k-layers"}, "top-k-layers needs the setting 'layers'"),
+            (
+                {"method": "r-drop", "settings": {"weight": "five"}},
+                "in the arm r-drop: the setting weight must be a number",
+            ),
+            ({"method": "r-drop", "settings": {"weight": None}}, "the setting weight must be a number; got None"),
+            (
+                {"method": "top-k-layers", "settings": {"layers": 1.5}},
+                "the setting layers must be a whole number; got 1.5",
+            ),
+            ({"method": "l2-sp", "settings": {"fisher": 1}}, "the setting fisher must be true or false; got 1"),
+            ({"method": "l2-sp+r3f", "settings": {"noise": "x"}}, "the setting noise must be one of uniform, normal"),
+            (
+                {"method": ["vanilla", {"r-drop": {}}]},
+                "method must be a name, .* or a mapping from names of arms; got {.r-d",
+            ),
+            ({"method": 3}, "method must be a name, a list of names, or a mapping from names of arms; got 3"),
             ({"method": {"a b": {"method": "vanilla"}}}, "an arm names a folder, .*; got 'a b'"),
             ({"method": {"..": {"method": "vanilla"}}}, r"an arm names a folder, .*; got '\.\.'"),
             ({"method": {"a": 3}}, "the arm a must be a mapping"),
@@ -162,6 +183,8 @@ class TestFile:
             ({"batch_size": 2.5}, "batch_size must be a whole number; got 2.5"),
             ({"batch_size": 0}, "batch_size must be a whole number and at least 1, got 0"),
             ({"precision": "fp8"}, "precision must be one of float32, bfloat16, float16; got 'fp8'"),
+            ({"max_length": -5}, "max_length must be at least 1; got -5, in the arm vanilla"),
+            ({"pretrain_steps": 3}, "pretrain_steps goes with pretrain_text only; leave it out of the arm vanilla"),
             ({"save_model": "yes"}, "save_model must be true or false; got 'yes'"),
             ({"scores": 3}, "scores must be a file or null; got 3"),
             ({"protocol": "best"}, "The protocol must be one of .*; got 'best'"),
@@ -262,6 +285,37 @@ class TestRuns:
         run_sweep(loaded, out, progress=False)
         assert read == [("vanilla", [0]), ("bitfit", [0])]
 
+    def test_a_config_that_says_that_no_model_is_local_needs_no_new_look(self, done, tmp_path, monkeypatch):
+        loaded, out = done[0], copied(done, tmp_path)
+        for run in loaded.runs:
+            (out / run.folder / "config.yaml").write_text("a: 1\n" + "local_models: {}\n" * run.arguments["seeds"][0])
+        read = []
+        monkeypatch.setattr(running, "finetune", lambda model, **given: read.append((given["method"], given["seeds"])))
+        run_sweep(loaded, out, progress=False)
+        assert read == [("vanilla", [0]), ("bitfit", [0])]
+
+    @pytest.mark.parametrize("file", ["results.json", "config.yaml"])
+    def test_finished_runs_that_are_damaged_are_named_and_left_alone(self, done, tmp_path, file):
+        """The first is the one whose settings are looked at, the last is looked at after a sibling."""
+        loaded, out = done[0], copied(done, tmp_path)
+        damaged = loaded.runs[0].folder, loaded.runs[-1].folder
+        for run in damaged:
+            (out / run / file).write_text('{"cut')
+        report = run_sweep(loaded, out, progress=False)
+        assert tuple(report.failed) == damaged and all(str(out / run / file) in report.failed[run] for run in damaged)
+        assert report.skipped == tuple(run.folder for run in loaded.runs[1:-1])
+        assert {(out / run / file).read_text() for run in damaged} == {'{"cut'}
+
+    def test_results_of_another_seed_are_none_of_this_one(self, done, tiny, tmp_path, monkeypatch):
+        out = copied(done, tmp_path)
+        shutil.copytree(out / FIRST, out / FIRST.with_name("seed-2"))
+        monkeypatch.setattr(running, "finetune", lambda model, **_: Results.load(out / FIRST))
+        report = run_sweep(small(tiny, tmp_path, method="vanilla", seeds=3), out, progress=False)
+        ((folder, why),) = report.failed.items()
+        assert folder == FIRST.with_name("seed-2")
+        assert why == f"{out / folder} has results of seed 0, not 2; move it elsewhere."
+        assert len(report.skipped) == 2
+
     def test_a_finished_run_keeps_its_settings(self, done, tiny, tmp_path):
         _, out, _ = done
         before = (out / FIRST / "results.json").read_bytes()
@@ -281,6 +335,11 @@ class TestRuns:
 
 
 FIRST = Path("tiny/cola/24/vanilla/seed-0")
+
+
+def copied(done, folder: Path) -> Path:
+    """The folder of the sweep that was run, to be changed."""
+    return Path(shutil.copytree(done[1], folder / "copied"))
 
 
 class TestFailures:
@@ -321,6 +380,24 @@ class TestFailures:
         assert retried.finished == (failed,) and not retried.failed
         assert not (out / failed / "failed.json").exists()
 
+    def test_a_failure_is_forgotten_only_when_the_training_succeeds(self, done, tiny, tmp_path):
+        out = copied(done, tmp_path)
+        (out / FIRST / "results.json").unlink()
+        config = {"model": "tiny", "task": TASK, "seeds": [0]}
+        Failure.of(ValueError("out of luck"), config, "vanilla").save(out / FIRST / "failed.json")
+        with pytest.raises(ValueError, match="begun with another setting: epochs"):
+            run_sweep(small(tiny, tmp_path, epochs=2), out, retry_failed=True, progress=False)
+        assert Failure.load(out / FIRST / "failed.json").error == "out of luck"
+
+    @pytest.mark.parametrize("file", ["", FIRST, FIRST.parent])
+    def test_a_file_in_the_place_of_a_folder_is_refused(self, tiny, tmp_path, file):
+        path = tmp_path / "out" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+        with pytest.raises(NotADirectoryError, match=rf"A sweep needs a folder, but {path} is a file; give another"):
+            run_sweep(small(tiny, tmp_path), tmp_path / "out", progress=False)
+        assert path.read_text() == "mine"
+
     def test_an_interrupted_run_is_not_a_failed_one(self, tiny, tmp_path, monkeypatch):
         def interrupt(model, **_):
             raise KeyboardInterrupt
@@ -348,10 +425,55 @@ class TestFailures:
             run_sweep(loaded, out, progress=False, **({"processes": value} if name == "processes" else {}))
 
 
+def test_a_call_that_is_killed_while_it_takes_its_files_away_can_be_repeated(tmp_path, monkeypatch):
+    """What is left says whose it is."""
+    for name in ("config.yaml", "splits.json"):
+        (tmp_path / name).touch()
+    unlink = Path.unlink
+
+    def killed(path, **options):
+        unlink(path, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        leave(tmp_path, made=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
+
+
+class TestNoLocks:
+    """A file system on which ``flock`` fails."""
+
+    @pytest.fixture(autouse=True)
+    def refused(self, monkeypatch):
+        def flock(*_):
+            raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+        monkeypatch.setattr(running.fcntl, "flock", flock)
+
+    def test_shards_do_without(self, done, tiny, tmp_path, monkeypatch):
+        monkeypatch.setattr(running, "finetune", lambda model, **_: Results.load(done[1] / FIRST))
+        loaded = small(tiny, tmp_path)
+        parts = [run_sweep(loaded.shard(n, 2), tmp_path / "out", progress=False).finished for n in (0, 1)]
+        assert sorted(parts[0] + parts[1]) == sorted(run.folder for run in loaded.runs)
+
+    def test_a_whole_sweep_is_told_to_take_shards(self, tiny, tmp_path):
+        with pytest.raises(OSError, match=r"has no locks, .* give every process a part of its own, --shard I/N \(0/1"):
+            run_sweep(small(tiny, tmp_path), tmp_path / "out", progress=False)
+
+    def test_other_errors_are_told_as_they_are(self, tiny, tmp_path, monkeypatch):
+        def flock(*_):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(running.fcntl, "flock", flock)
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            run_sweep(small(tiny, tmp_path).shard(0, 1), tmp_path / "out", progress=False)
+
+
 def test_a_claimed_run_is_left_to_the_process_that_has_it(tiny, tmp_path):
     loaded, out = small(tiny, tmp_path, method="vanilla", seeds=1), tmp_path / "out"
     (run,) = loaded.runs
-    with running._claimed(out / run.folder) as first, running._claimed(out / run.folder) as second:
+    with running._claimed(out / run.folder, False) as first, running._claimed(out / run.folder, True) as second:
         assert first and not second
         report = run_sweep(loaded, out, progress=False)
     assert report.in_use == (run.folder,) and not report.finished
@@ -449,6 +571,56 @@ def test_what_a_killed_worker_was_busy_with_is_done_by_another(tiny, tmp_path):
     assert not (report.failed or report.in_use)
 
 
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from fisherscope.experiments import load_sweep, run_sweep, running
+from fisherscope.finetune import Results
+
+
+def train(model, *, method, out, **_):
+    if method == "bitfit":
+        os.kill(os.getpid(), signal.SIGKILL)
+    shutil.copytree(sys.argv[3], out)
+    return Results.load(out)
+
+
+running.finetune = train
+if __name__ == "__main__":
+    print(run_sweep(load_sweep(sys.argv[1]), Path(sys.argv[2]), processes=2, progress=False))
+"""
+
+
+@pytest.mark.slow
+def test_a_training_that_kills_its_process_has_failed_and_starves_no_other(done, tiny, tmp_path):
+    """Two of the arms kill; without new processes there would be none after the second kill."""
+    arms = {"kills": {"method": "bitfit"}, "kills-too": {"method": "bitfit"}, "vanilla": None, "mixout": None}
+    loaded, out = small(tiny, tmp_path, method=arms, seeds=1), tmp_path / "out"
+    (tmp_path / "killed.py").write_text(KILLED)
+    words = [sys.executable, tmp_path / "killed.py", tmp_path / "sweep.yaml", out, done[1] / FIRST]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    told = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, check=True).stdout
+    assert told.splitlines()[0] == "2 finished, 0 finished before, 2 failed"
+    assert list(loaded.states(out).values()) == ["failed", "failed", "finished", "finished"]
+    failure = Failure.load(out / loaded.runs[0].folder / "failed.json")
+    assert failure.error == "Its process was killed, twice, as when memory runs out."
+    assert failure.config["arm"] == "kills" and failure.config["seed"] == 0
+    again = run_sweep(Sweep(loaded.runs[:2]), out, progress=False)
+    assert all(why.startswith(failure.error) for why in again.failed.values()) and len(again.failed) == 2
+
+
+@pytest.mark.slow
+def test_processes_that_cannot_begin_are_not_replaced_for_ever(tiny, tmp_path):
+    """As with a script that does not say where it begins."""
+    loaded, out = small(tiny, tmp_path, seeds=1), tmp_path / "out"
+    (tmp_path / "unguarded.py").write_text(KILLED.replace('if __name__ == "__main__":', "if True:"))
+    words = [sys.executable, tmp_path / "unguarded.py", tmp_path / "sweep.yaml", out, out]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    told = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, check=True).stdout
+    assert told.count("no process was left to do it; the same command goes on") == 2
+    assert set(loaded.states(out).values()) == {"missing"}
+
+
 @pytest.mark.slow
 def test_workers_give_what_one_process_gives_and_stop_at_a_refusal(done, tiny, tmp_path):
     _, out, _ = done
@@ -504,6 +676,12 @@ class TestCommand:
         assert capsys.readouterr().err.count("\n") == 1
         assert not (tmp_path / "out").exists()
 
+    def test_the_file_is_no_config_of_flags(self, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            main(["sweep", "--config", str(written(tmp_path, LEAST)), "--out", str(tmp_path / "out")])
+        told = capsys.readouterr().err
+        assert "no flag of this command; the file of a sweep is given without --config" in told
+
     def test_an_interrupted_sweep_says_how_to_go_on(self, done, capsys, monkeypatch):
         def interrupt(*_, **__):
             raise KeyboardInterrupt
@@ -520,20 +698,47 @@ class TestArray:
     def test_the_script_is_bash(self):
         subprocess.run(["bash", "-n", str(self.SCRIPT)], check=True)
 
-    def test_the_jobs_of_an_array_share_out_the_runs(self, tmp_path, capsys):
-        """Numbers that begin at 3, as after --array=3-4."""
-        loaded = load_sweep(written(tmp_path, LEAST | {"seeds": 5}))
+    @pytest.fixture
+    def job(self, tmp_path):
+        """A job of an array: what it would call, by the variables that SLURM sets."""
         program = tmp_path / "bin" / "fisherscope"
         program.parent.mkdir()
         program.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
         program.chmod(0o755)
-        array = {"SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "3", "SLURM_CPUS_PER_TASK": "1"}
-        told = []
-        for number in ("3", "4"):
+
+        def run(**variables: str) -> subprocess.CompletedProcess[str]:
             paths = os.pathsep.join([str(program.parent), os.environ["PATH"]])
-            environment = os.environ | array | {"SLURM_ARRAY_TASK_ID": number, "PATH": paths}
             words = ["bash", self.SCRIPT, tmp_path / "sweep.yaml", tmp_path / "out of it", "--dry-run"]
-            job = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, check=True)
-            assert main(job.stdout.splitlines()) == 0
+            environment = os.environ | {"PATH": paths, "SLURM_CPUS_PER_TASK": "1"} | variables
+            return subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True)
+
+        return run
+
+    @staticmethod
+    def array(number: int, least: int, most: int, count: int) -> dict[str, str]:
+        variables = {"ID": number, "MIN": least, "MAX": most, "COUNT": count}
+        return {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in variables.items()}
+
+    def test_the_jobs_of_an_array_share_out_the_runs(self, job, tmp_path, capsys):
+        """Numbers that begin at 3, as after --array=3-4."""
+        loaded = load_sweep(written(tmp_path, LEAST | {"seeds": 5}))
+        told = []
+        for number in (3, 4):
+            done = job(**self.array(number, 3, 4, 2))
+            assert done.returncode == 0 and main(done.stdout.splitlines()) == 0
             told += [line.split()[1] for line in capsys.readouterr().out.splitlines()[:-1]]
         assert sorted(told) == sorted(folders(loaded))
+
+    def test_some_parts_are_done_again_if_it_is_said_how_many_there_are(self, job):
+        done = job(**self.array(5, 3, 5, 2), PARTS="8")
+        assert done.returncode == 0 and done.stdout.splitlines()[-3:] == ["--shard", "5/8", "--dry-run"]
+
+    def test_arrays_with_gaps_are_refused(self, job):
+        done = job(**self.array(3, 1, 3, 2))
+        assert done.returncode == 2 and not done.stdout
+        assert done.stderr.startswith("slurm_array.sbatch: the array has gaps") and done.stderr.count("\n") == 1
+
+    def test_outside_an_array_there_is_no_part(self, job):
+        done = job()
+        assert done.returncode == 2 and not done.stdout
+        assert "this is no job of an array; submit it with sbatch --array=0-7" in done.stderr

@@ -108,7 +108,8 @@ def _config_flags(command: argparse.ArgumentParser, argv: Sequence[str]) -> list
     for key, value in _read_settings(path).items():
         flag = f"--{str(key).replace('_', '-')}"
         if flag not in known:
-            command.error(f"{path} sets {key!r}, which is no flag of this command")
+            hint = "; the file of a sweep is given without --config" if command.prog.endswith(" sweep") else ""
+            command.error(f"{path} sets {key!r}, which is no flag of this command{hint}")
         if value is True:
             flags.append(flag)
         elif value is False:  # most flags without a value are off unless they are given

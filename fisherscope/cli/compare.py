@@ -26,7 +26,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="epoch that counts; default: the one selected on examples of their own, or else the last",
     )
     parser.add_argument(
-        "--correction", choices=("holm", "benjamini-hochberg"), default="holm", help="for the number of differences"
+        "--correction", choices=("holm", "benjamini-hochberg"), default="holm", help="for the number of tests"
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"a table, {', '.join(SUFFIXES)}; default: print it")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing table")

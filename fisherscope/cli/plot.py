@@ -11,29 +11,45 @@ from ._common import add_output_flags, output_is_complete
 if TYPE_CHECKING:
     from ..landscape import Landscape
 
-LANDSCAPES = ("surface", "contour", "curves", "page", "volume")
-SCORES = {
+KINDS = {
+    "landscapes": {
+        "surface": ("metric", "titles", "width"),
+        "contour": ("metric", "titles", "width"),
+        "curves": ("metric", "titles", "width"),
+        "page": ("metric", "titles"),
+        "volume": ("metric", "titles"),
+    },
+    "scores": {
+        "sorted": ("by", "normalized", "titles"),
+        "layers": ("titles",),
+        "parameters": ("titles",),
+        "stability": ("titles",),
+        "comparison": ("fraction", "titles"),
+    },
+    "masks": {"comparison": ("titles",)},
+    "runs": {
+        "boxes": ("reference", "metric", "which"),
+        "sizes": ("reference", "metric", "which"),
+        "ranks": ("metric", "which"),
+        "learning": ("reference", "metric"),
+        "cost": ("reference",),
+    },
+}
+"""The kinds of figures by what they show, and the flags that each knows."""
+
+FLAGS = ("metric", "reference", "which", "width", "by", "normalized", "fraction", "titles")
+
+FUNCTIONS = {
     "sorted": "sorted_scores",
     "layers": "layer_scores",
     "parameters": "parameter_scores",
-    "stability": "stability",
-    "comparison": "comparison",
-}
-RUNS = {
     "boxes": "run_boxes",
     "sizes": "run_sizes",
     "ranks": "run_ranks",
     "learning": "learning_curves",
     "cost": "run_costs",
 }
-OF_RUNS = {
-    "boxes": ("reference", "metric", "which"),
-    "sizes": ("reference", "metric", "which"),
-    "ranks": ("metric", "which"),
-    "learning": ("reference", "metric"),
-    "cost": ("reference",),
-}
-"""The flags that a figure of runs knows."""
+"""In ``fisherscope.plots``, where they are not named like the kind."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +63,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--kind",
-        choices=(*LANDSCAPES, *SCORES, *RUNS),
+        choices=tuple(dict.fromkeys(kind for kinds in KINDS.values() for kind in kinds)),
         help="default: by the axes of landscapes (.html: page), layers for scores, comparison for two scores or masks, "
-        "boxes for runs",
+        "boxes for runs (sizes needs two sizes or more, ranks three methods or more)",
     )
     parser.add_argument(
         "--metric",
@@ -67,9 +83,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--width", choices=("one-column", "two-column"), help="of a printed landscape: 3.3 or 6.9 inches"
     )
-    parser.add_argument("--by", choices=("entry", "parameter"), default="entry", help="what sorted scores rank")
-    parser.add_argument("--normalized", action="store_true", help="sorted scores from 0 to 1")
-    parser.add_argument("--fraction", type=float, default=0.1, help="of the masks that scores are compared by")
+    parser.add_argument("--by", choices=("entry", "parameter"), help="what sorted scores rank; default: entry")
+    parser.add_argument("--normalized", action="store_true", default=None, help="sorted scores from 0 to 1")
+    parser.add_argument("--fraction", type=float, help="of the masks that scores are compared by; default: 0.1")
     parser.add_argument("--titles", nargs="+", metavar="TITLE", help="one per file")
     add_output_flags(parser)
     parser.set_defaults(refuse=parser.error)
@@ -104,13 +120,11 @@ def _draw_landscapes(args: argparse.Namespace) -> None:
     if args.out.suffix == ".vts":
         return _export(args, landscapes)
     kind = args.kind or _usual_kind(len(landscapes[0].axes), args.out.suffix == ".html")
-    _check_kind(kind, LANDSCAPES, "landscapes")
+    given = _given(args, kind, "landscapes")
     if kind == "volume":
-        plots.volume(_only(landscapes, "A volume"), args.out, metric=args.metric or "loss", titles=args.titles)
-    elif kind == "page":
-        plots.page(landscapes, args.out, metric=args.metric or "loss", titles=args.titles)
+        plots.volume(_only(landscapes, "A volume"), args.out, **given)
     else:
-        getattr(plots, kind)(landscapes, args.out, metric=args.metric or "loss", titles=args.titles, width=args.width)
+        getattr(plots, kind)(landscapes, args.out, **given)
 
 
 def _usual_kind(axes: int, is_page: bool) -> str:
@@ -122,6 +136,7 @@ def _usual_kind(axes: int, is_page: bool) -> str:
 def _export(args: argparse.Namespace, landscapes: "Sequence[Landscape]") -> None:
     from ..landscape.vtk import to_vtk
 
+    _refuse_others(args, ("kind", *FLAGS), (), "files for ParaView")
     to_vtk(_only(landscapes, "A file for ParaView"), args.out)
 
 
@@ -136,23 +151,19 @@ def _draw_scores(args: argparse.Namespace) -> None:
     from ..scores import FisherScores
 
     kind = args.kind or ("comparison" if len(args.files) == 2 else "layers")
-    _check_kind(kind, tuple(SCORES), "scores")
+    given = _given(args, kind, "scores")
     scores = [FisherScores.load(path) for path in args.files]
-    options: dict[str, dict[str, Any]] = {
-        "sorted": {"by": args.by, "normalized": args.normalized},
-        "comparison": {"fraction": args.fraction},
-    }
-    given: Any = _two(scores) if kind == "comparison" else [scores]
-    getattr(plots, SCORES[kind])(*given, args.out, titles=args.titles, **options.get(kind, {}))
+    shown: Any = _two(scores) if kind == "comparison" else [scores]
+    getattr(plots, FUNCTIONS.get(kind, kind))(*shown, args.out, **given)
 
 
 def _draw_masks(args: argparse.Namespace) -> None:
     from .. import plots
     from ..masks import Mask
 
-    _check_kind(args.kind or "comparison", ("comparison",), "masks")
+    given = _given(args, args.kind or "comparison", "masks")
     first, second = _two([Mask.load(path) for path in args.files])
-    plots.comparison(first, second, args.out, titles=args.titles)
+    plots.comparison(first, second, args.out, **given)
 
 
 def _draw_runs(args: argparse.Namespace) -> None:
@@ -160,11 +171,8 @@ def _draw_runs(args: argparse.Namespace) -> None:
     from ..experiments import read_runs
 
     kind = args.kind or "boxes"
-    _check_kind(kind, tuple(RUNS), "runs")
-    given = {name: value for name in ("reference", "metric", "which") if (value := getattr(args, name)) is not None}
-    for name in [*(given.keys() - set(OF_RUNS[kind])), *(["titles"] if args.titles else [])]:
-        args.refuse(f"argument --{name}: not for --kind {kind} of runs")
-    getattr(plots, RUNS[kind])(read_runs(*args.files), args.out, **given)
+    given = _given(args, kind, "runs")
+    getattr(plots, FUNCTIONS[kind])(read_runs(*args.files), args.out, **given)
 
 
 def _two(nouns: Sequence[Any]) -> Sequence[Any]:
@@ -173,6 +181,16 @@ def _two(nouns: Sequence[Any]) -> Sequence[Any]:
     return nouns
 
 
-def _check_kind(kind: str, allowed: tuple[str, ...], what: str) -> None:
-    if kind not in allowed:
-        raise ValueError(f"--kind {kind} does not draw {what}; take one of {', '.join(allowed)}.")
+def _given(args: argparse.Namespace, kind: str, what: str) -> dict[str, Any]:
+    """The flags that were given for a figure, which must know them."""
+    if kind not in KINDS[what]:
+        raise ValueError(f"--kind {kind} does not draw {what}; take one of {', '.join(KINDS[what])}.")
+    known = KINDS[what][kind]
+    _refuse_others(args, FLAGS, known, f"--kind {kind} of {what}")
+    return {name: value for name in known if (value := getattr(args, name)) is not None}
+
+
+def _refuse_others(args: argparse.Namespace, flags: Sequence[str], known: Sequence[str], what: str) -> None:
+    for name in flags:
+        if name not in known and getattr(args, name) is not None:
+            args.refuse(f"argument --{name}: not for {what}")

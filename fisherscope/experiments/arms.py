@@ -10,14 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from .. import storage
-from ..finetune.protocol import DEFAULT
-from ..finetune.results import Results, SeedResult
+from ..finetune.plan import recipe_of
+from ..finetune.protocol import DEFAULT, PROTOCOLS, checked_size
+from ..finetune.recipe import Recipe
+from ..finetune.regularizer import METHODS
+from ..finetune.results import Results, SeedResult, Which
 from ..models import shown_name
 from .failure import FAILED, Failure
 
 logger = logging.getLogger(__name__)
 
 RESULTS = "results.json"
+
+UNRESOLVED = {"settings", "scores", "mask", "seed", "seeds", "arm"}
+"""What a crashed training says in other words than ``results.json``, or says of its seed."""
 
 SEED_FOLDER = re.compile(r"seed-\d+")
 
@@ -79,11 +85,11 @@ class Arm(Results):
         """Who sees which examples; what was trained before there was a choice has the default."""
         return self.settings.get("protocol", DEFAULT)
 
-    @property
-    def failures(self) -> dict[int, str]:
-        """By seed, why a training failed."""
-        found = {run.seed: why for run in self.runs if (why := self.failure(run)) is not None}
-        return dict(sorted((found | {seed: f"crashed: {error}" for seed, error in self.crashed.items()}).items()))
+    def failures(self, which: Which = "last") -> dict[int, str]:
+        """By seed, why a training failed; ``which`` is the evaluation that counts, as :meth:`failure` has it."""
+        found = {run.seed: why for run in self.runs if (why := self.failure(run, which)) is not None}
+        crashed = {seed: " ".join(f"crashed: {error}".split()) for seed, error in self.crashed.items()}
+        return dict(sorted((found | crashed).items()))
 
 
 @dataclass(frozen=True)
@@ -107,8 +113,23 @@ class _Run:
 
     @property
     def settings(self) -> str | None:
-        """To compare; of a crashed training they are not resolved, and cannot be compared."""
+        """To name arms by; of a crashed training only those are known that it was given."""
         return json.dumps(self.results.settings, sort_keys=True) if self.results.runs else None
+
+    @property
+    def begins_with(self) -> str | None:
+        """The fingerprint of the pretrained weights; None if those are not what the training begins with."""
+        settings = self.results.settings
+        is_checkpoint = settings.get("before") is None and settings.get("init", "pretrained") == "pretrained"
+        return self.results.fingerprints.get("backbone") if is_checkpoint else None
+
+    def difference(self, other: "_Run") -> str | None:
+        """The first setting in which another run differs, in words; of a crashed one only what it was given counts."""
+        here, there = ({"protocol": DEFAULT, "init": "pretrained", **run.results.settings} for run in (self, other))
+        if not (self.results.runs and other.results.runs):
+            both = here.keys() & there.keys() - UNRESOLVED
+            here, there = ({name: one[name] for name in sorted(both)} for one in (here, there))
+        return storage.difference(here, there)
 
 
 def read_runs(*folders: str | Path) -> list[Arm]:
@@ -124,7 +145,8 @@ def read_runs(*folders: str | Path) -> list[Arm]:
     Raises:
         FileNotFoundError: If there is no such folder, or no run in it.
         WrongFile: If a ``results.json`` or ``failed.json`` is damaged or none of ours.
-        ValueError: If a seed of an arm is there twice with other values, or two arms would have one name.
+        ValueError: If a file of another name is given, a seed of an arm is there twice with other values, seeds of an
+            arm began with other weights, or two arms would have one name.
     """
     runs = [run for folder in _run_folders(folders) for run in _read(folder)]
     if not runs:
@@ -155,12 +177,15 @@ def _group(results: Results) -> Group:
 def _run_folders(folders: Sequence[str | Path]) -> list[Path]:
     """Every folder that holds a result, complete or not, or says that there is none; each once."""
     found: dict[Path, Path] = {}
+    names = (RESULTS, storage.part_path(RESULTS).name, FAILED)
     for given in map(Path, folders):
         if given.is_file():
+            if given.name not in names:
+                raise ValueError(f"{given} is not a file of a run ({_listed(names)}); give folders of runs.")
             given = given.parent
         if not given.is_dir():
             raise FileNotFoundError(f"There is no folder {given}; give folders of runs.")
-        for name in (RESULTS, storage.part_path(RESULTS).name, FAILED):
+        for name in names:
             for file in sorted(given.rglob(name)):
                 found.setdefault(file.parent.resolve(), file.parent)
     return sorted(found.values())
@@ -186,10 +211,40 @@ def _read(folder: Path) -> list[_Run]:
 def _read_failed(path: Path) -> _Run:
     """A training of a sweep that crashed: no value, and the reason."""
     failure = Failure.load(path)
-    method, config = str(failure.config.get("method", "vanilla")), failure.config
-    settings = {"train_size": None, **config, "model": shown_name(config["model"]), "method": method}
-    results = Results(str(config["task"]), method, "", settings, [])
-    return _Run(path.parent, results, {int(config["seed"]): failure.error.removesuffix(".")})
+    try:
+        settings = _asked(failure.config)
+    except (TypeError, ValueError) as problem:
+        raise storage.WrongFile(
+            f"{path} has damaged contents; remove it, or name the other folders one by one."
+        ) from problem
+    results = Results(settings["task"], settings["method"], "", settings, [])
+    return _Run(path.parent, results, {failure.config["seed"]: failure.error.removesuffix(".")})
+
+
+def _asked(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that a crashed training was given, in the words of ``results.json`` but for those unresolved."""
+    texts = {"method": "vanilla", "protocol": DEFAULT, **config}
+    for name, kind in (("model", str), ("task", str), ("method", str), ("protocol", str), ("seed", int)):
+        if not isinstance(texts[name], kind):
+            raise TypeError(f"{name} is {texts[name]!r}")
+    drawn_by = PROTOCOLS[texts["protocol"]].drawn_by if texts["protocol"] in PROTOCOLS else "subset_seed"
+    return {
+        **texts,
+        **_recipe(texts["method"], config),
+        "model": shown_name(texts["model"]),
+        "train_size": checked_size(config.get("train_size")),
+        "subset_seed": config.get("subset_seed", 0) if drawn_by == "subset_seed" else drawn_by,
+    }
+
+
+def _recipe(method: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe was given, as the method changes it."""
+    given = {item.name: config[item.name] for item in fields(Recipe) if item.name in config}
+    own = dict(config.get("settings") or {})
+    if not METHODS.keys() >= set(method.split("+")):
+        return given
+    changed = recipe_of(method, own, Recipe(**given))
+    return {name: getattr(changed, name) for name in given}
 
 
 def _names(runs: Sequence[_Run]) -> list[str]:
@@ -207,13 +262,22 @@ def _names(runs: Sequence[_Run]) -> list[str]:
 
 def _joined(name: str, runs: Sequence[_Run]) -> Arm:
     """One arm from the runs of its seeds."""
-    first, *others = [run for run in runs if run.settings is not None] or runs[:1]
+    done = {result.seed for run in runs for result in run.results.runs}
+    runs = [run for run in runs if not (run.crashed and run.crashed.keys() <= done)]  # mended since
+    first, *others = sorted(runs, key=lambda run: not run.results.runs)
     for other in others:
-        if found := storage.difference(first.results.settings, other.results.settings):
+        if found := first.difference(other):
             raise ValueError(
                 f"{first.folder} and {other.folder} are both {name} on {first.results.task}, with another setting: "
                 f"{found}; give their folders other names, or compare them apart."
             )
+    weights = {run.begins_with: run.folder for run in runs if run.begins_with is not None}
+    if len(weights) > 1:
+        (one, here), (another, there), *_ = weights.items()
+        raise ValueError(
+            f"{here} and {there} are both {name} on {first.results.task}, but began with other weights of "
+            f"{first.results.settings.get('model')} ({one}, {another}); compare them apart."
+        )
     seeds: dict[int, tuple[SeedResult, Path]] = {}
     for run in runs:
         for result in run.results.runs:
@@ -224,12 +288,13 @@ def _joined(name: str, runs: Sequence[_Run]) -> Arm:
                     "other values; leave one of them out."
                 )
     held = {item.name: getattr(first.results, item.name) for item in fields(Results)}
-    same = set.intersection(*(set(run.results.fingerprints.items()) for run in [first, *others]))
+    complete = [run for run in runs if run.results.runs] or [first]
+    same = set.intersection(*(set(run.results.fingerprints.items()) for run in complete))
     return Arm(**held | {
         "method": name,
         "runs": [seeds[seed][0] for seed in sorted(seeds)],
         "fingerprints": dict(sorted(same)),
-        "crashed": {seed: error for run in runs for seed, error in run.crashed.items() if seed not in seeds},
+        "crashed": {seed: error for run in runs for seed, error in run.crashed.items()},
         "devices": tuple(sorted({str(run.results.provenance["device"]) for run in runs if run.results.provenance})),
     })  # fmt: skip
 

@@ -12,7 +12,7 @@ from .arms import Arm, Group, is_loss
 from .statistics import Correction, Paired, Summary, brown_forsythe, corrected, paired, summarize
 
 DRAWN = {
-    "run": "Every seed has examples of its own, so the standard deviation is also over these.",
+    "run": "Every seed draws examples of its own, so the standard deviation is also over these, unless it takes all.",
     "": "All seeds have the same training examples, so the standard deviation is not over these.",
 }
 """What is to be said of ``subset_seed``."""
@@ -29,24 +29,25 @@ class Row:
         arm: Its name.
         method: The method itself.
         metric: Of all numbers; of an aggregate, what the mean is of.
+        less_is_better: Whether that is a loss.
         summary: Of the trainings.
         paired: The difference to the reference, seed by seed; None for the reference.
         p_t: Of the paired t test.
         p_permutation: Of the sign-flip permutation test.
         p_spread: Of the Brown-Forsythe test, that the arm spreads over seeds as the reference does.
-        p_t_corrected: Corrected for all rows of the comparison, as the next two are.
-        p_permutation_corrected: Likewise.
-        p_spread_corrected: Likewise.
+        p_t_corrected: Corrected for all t tests of the comparison.
+        p_permutation_corrected: Likewise for all permutation tests.
+        p_spread_corrected: Likewise for all Brown-Forsythe tests.
         time: Seconds of an optimizer step, the median over the trainings of their medians.
         time_ratio: That by the reference's, if both were trained on devices of one kind.
         peak_memory: Bytes: the most of all trainings.
-        crashed: By seed, the errors of the trainings that have no result.
     """
 
     group: Group
     arm: str
     method: str
     metric: str
+    less_is_better: bool
     summary: Summary
     paired: Paired | None = None
     p_t: float | None = None
@@ -58,7 +59,6 @@ class Row:
     time: float | None = None
     time_ratio: float | None = None
     peak_memory: int | None = None
-    crashed: Mapping[int, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Comparison:
         rows: One for every arm of a group, the reference first.
         reference: The arm that all others are compared with.
         which: The evaluation that counts.
-        correction: For the number of rows.
+        correction: For the number of tests.
         protocol: Who sees which examples.
         notes: What else a reader has to know, a sentence each.
     """
@@ -90,9 +90,9 @@ class Comparison:
         return found
 
     @property
-    def tested(self) -> int:
-        """How many differences to the reference were tested."""
-        return sum(row.p_t is not None for row in self.rows)
+    def tested(self) -> dict[str, int]:
+        """How often each test was made, which is what its values of p are corrected for."""
+        return {test: sum(getattr(row, test) is not None for row in self.rows) for test in TESTS}
 
     def to_markdown(self) -> str:
         """A table for every group, with what its numbers are."""
@@ -129,7 +129,8 @@ def compare_methods(
     """Compare methods of fine-tuning with a reference, seed by seed.
 
     A training without a finite number counts as failed and is in no mean. Where there are several tasks, the arms that
-    have all of them are also compared by the mean over tasks, formed for every seed before anything else.
+    have all of them are also compared by the mean over tasks, formed for every seed before anything else. Losses of
+    tasks with other objectives have other units, and no mean.
 
     Args:
         runs: Of :func:`read_runs`.
@@ -137,7 +138,7 @@ def compare_methods(
         metric: One for all tasks; None takes the main metric of each.
         which: ``"selected"``, ``"last"`` or ``"best"`` epoch, as :meth:`SeedResult.value` has it; None takes the
             selected one where all runs have select examples, and else the last.
-        correction: Of the values of p, for all differences of the comparison together.
+        correction: Of the values of p, for all tests of one kind in the comparison together.
 
     Raises:
         ValueError: If there are no runs, a group lacks the reference, the runs do not all have the metric or the
@@ -153,19 +154,18 @@ def compare_methods(
     if which is None:
         which = "selected" if all(arm.has_select for arm in measured) else "last"
     groups = _groups(runs, reference)
-    _check_comparable(measured)
+    _check_comparable([*measured, *(arm for arm in runs if not arm.runs)])
     rows: list[Row] = []
     for group_set in _by_model_and_size(groups):
         numbers = {group: [_numbers(arm, metric, which) for arm in groups[group]] for group in group_set}
         names = {group: _metric_of(groups[group], metric) for group in group_set}
         for group in group_set:
-            rows += _rows(group, names[group], numbers[group])
+            rows += _rows(group, names[group], is_loss(names[group]), numbers[group])
         if (aggregate := _over_tasks(numbers, names)) is not None:
             rows += _rows(*aggregate)
     rows = _with_corrections(rows, correction)
-    return Comparison(
-        tuple(rows), reference, which, correction, measured[0].protocol, tuple(_notes(rows, groups, reference))
-    )
+    notes = tuple(_notes(rows, groups, reference, which))
+    return Comparison(tuple(rows), reference, which, correction, measured[0].protocol, notes)
 
 
 def _groups(runs: Sequence[Arm], reference: str) -> dict[Group, list[Arm]]:
@@ -234,36 +234,37 @@ def _metric_of(arms: Sequence[Arm], metric: str | None) -> str:
 
 
 def _numbers(arm: Arm, metric: str | None, which: Which) -> _Numbers:
+    known = {name for run in arm.runs if run.evaluations for name in run.evaluations[-1]} - {"step", "epoch"}
+    reported = sorted(name for name in known if not name.startswith(SELECT))
+    if known and metric is not None and metric not in reported:
+        raise ValueError(f"{arm.method} on {arm.group} has no metric {metric!r}; it has {', '.join(reported)}.")
     try:
         values = arm.values(metric, which)
-    except KeyError:
-        known = {name for run in arm.runs if run.evaluations for name in run.evaluations[-1]} - {"step", "epoch"}
-        shown = ", ".join(sorted(name for name in known if not name.startswith(SELECT)))
-        raise ValueError(f"{arm.method} on {arm.group} has no metric {metric!r}; it has {shown}.") from None
     except ValueError as error:
         raise ValueError(f"{arm.method} on {arm.group}: {error}") from error
     finite = {seed: value for seed, value in values.items() if math.isfinite(value)}
-    failed = frozenset(arm.failures) | (values.keys() - finite.keys())
+    failed = frozenset(arm.failures(which)) | (values.keys() - finite.keys())
     return _Numbers(arm.method, str(arm.settings.get("method", arm.method)), finite, failed, arm)
 
 
-def _rows(group: Group, metric: str, numbers: Sequence[_Numbers]) -> list[Row]:
+def _rows(group: Group, metric: str, less_is_better: bool, numbers: Sequence[_Numbers]) -> list[Row]:
     """The reference is the first."""
-    return [_row(group, metric, one, numbers[0] if one is not numbers[0] else None) for one in numbers]
+    reference = numbers[0]
+    return [_row(group, metric, less_is_better, one, None if one is reference else reference) for one in numbers]
 
 
-def _row(group: Group, metric: str, one: _Numbers, reference: _Numbers | None) -> Row:
+def _row(group: Group, metric: str, less_is_better: bool, one: _Numbers, reference: _Numbers | None) -> Row:
     time, memory = _costs(one.arm)
     row = Row(
         group,
         one.name,
         one.method,
         metric,
+        less_is_better,
         summarize(one.values, one.failed),
         time=time,
         time_ratio=None if time is None else 1.0,
         peak_memory=memory,
-        crashed=dict(one.arm.crashed) if one.arm else {},
     )
     if reference is None:
         return row
@@ -291,9 +292,12 @@ def _costs(arm: Arm | None) -> tuple[float | None, int | None]:
 
 def _over_tasks(
     numbers: Mapping[Group, Sequence[_Numbers]], metrics: Mapping[Group, str]
-) -> tuple[Group, str, list[_Numbers]] | None:
+) -> tuple[Group, str, bool, list[_Numbers]] | None:
     """The mean over tasks, of the arms that have all of them; None if that means nothing."""
-    if len(numbers) < 2 or len({is_loss(metric) for metric in metrics.values()}) > 1:
+    are_losses = {is_loss(metric) for metric in metrics.values()}
+    trained = [one.arm for ones in numbers.values() for one in ones if one.arm and one.arm.runs]
+    objectives = {arm.settings.get("objective") for arm in trained}
+    if len(numbers) < 2 or len(are_losses) > 1 or (are_losses == {True} and len(objectives) > 1):
         return None
     first = next(iter(numbers))
     by_arm: dict[str, list[_Numbers]] = {}
@@ -303,7 +307,7 @@ def _over_tasks(
     complete = {name: ones for name, ones in by_arm.items() if len(ones) == len(numbers)}
     names = ", ".join(f"{metric} of {group.task}" for group, metric in metrics.items())
     group = replace(first, task=f"mean over {len(numbers)} tasks")
-    return group, f"mean of {names}", [_mean_of(ones) for ones in complete.values()]
+    return group, f"mean of {names}", are_losses == {True}, [_mean_of(ones) for ones in complete.values()]
 
 
 def _mean_of(ones: Sequence[_Numbers]) -> _Numbers:
@@ -319,13 +323,15 @@ def _with_corrections(rows: Sequence[Row], how: Correction) -> list[Row]:
     return [replace(row, **{f"{test}_corrected": found[test][i] for test in TESTS}) for i, row in enumerate(rows)]
 
 
-def _notes(rows: Sequence[Row], groups: Mapping[Group, Sequence[Arm]], reference: str) -> list[str]:
+def _notes(rows: Sequence[Row], groups: Mapping[Group, Sequence[Arm]], reference: str, which: Which) -> list[str]:
     """What else a reader has to know."""
     first = next(arm for arms in groups.values() for arm in arms if arm.runs)
     others = [row for row in rows if row.paired is not None]
     notes = [DRAWN.get(str(first.settings.get("subset_seed")), DRAWN[""])]
     if others and not any(row.paired and len(row.paired.seeds) > 1 for row in others):
-        notes.append("With one seed nothing can be tested: there is no interval and no p.")
+        of_one = all(row.summary.runs == 1 for row in rows)
+        why = "With one seed" if of_one else f"Without two seeds for which {reference} and another have a number"
+        notes.append(f"{why} nothing can be tested: there is no interval and no p.")
     for row in others:
         assert row.paired is not None
         for who, seeds in ((row.arm, row.paired.only_here), (reference, row.paired.only_reference)):
@@ -340,7 +346,8 @@ def _notes(rows: Sequence[Row], groups: Mapping[Group, Sequence[Arm]], reference
     notes += dict.fromkeys(text for text in described if text)
     for arms in groups.values():
         for arm in arms:
-            notes += [f"Failed: {arm.method} on {arm.group}, seed {seed}: {why}." for seed, why in arm.failures.items()]
+            failures = arm.failures(which)
+            notes += [f"Failed: {arm.method} on {arm.group}, seed {seed}: {why}." for seed, why in failures.items()]
     return notes
 
 

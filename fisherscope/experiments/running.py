@@ -4,6 +4,7 @@ Any number of processes may work on one sweep: each claims a training by a lock 
 """
 
 import contextlib
+import errno
 import fcntl
 import gc
 import json
@@ -24,6 +25,7 @@ import torch
 
 from .. import storage
 from .._progress import progress_bar
+from ..finetune.folder import LOCAL
 from ..finetune.results import Results
 from ..finetune.training import OtherSettings, finetune
 from ..masks import Mask
@@ -62,6 +64,21 @@ class _Outcome:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class _Call:
+    """What all trainings of a call have in common.
+
+    Attributes:
+        out: Folder of the sweep.
+        retry_failed: Whether to do those again that failed before.
+        is_shard: Whether no other process is to do these trainings, so that locks can be done without.
+    """
+
+    out: Path
+    retry_failed: bool
+    is_shard: bool
+
+
 def run_sweep(
     sweep: Sweep,
     out: str | Path,
@@ -84,6 +101,8 @@ def run_sweep(
         progress: Show a bar, and print a line for every training.
 
     Raises:
+        NotADirectoryError: If there is a file where a folder has to be.
+        OSError: If the folder's file system has no locks, and the sweep is no shard.
         ValueError: If a training was begun, or finished, with other settings.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -91,11 +110,13 @@ def run_sweep(
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}.")
     out, runs = Path(out), sweep.runs
+    _check_folders(runs, out)
+    call = _Call(out, retry_failed, sweep.is_shard)
     if processes > 1 and len(runs) > 1:
-        outcomes = _in_processes(runs, out, retry_failed, min(processes, len(runs)))
+        outcomes = _in_processes(runs, call, min(processes, len(runs)))
     else:
         checked: set[str] = set()
-        outcomes = (_attempt(run, out, retry_failed, checked) for run in runs)
+        outcomes = (_attempt(run, call, checked) for run in runs)
     found: list[_Outcome] = []
     done = {folder for folder, state in sweep.states(out).items() if state == "finished"}
     with contextlib.closing(outcomes), progress_bar(len(runs), "sweep", "run", done=len(done), shown=progress) as bar:
@@ -108,6 +129,13 @@ def run_sweep(
     return _report(found)
 
 
+def _check_folders(runs: Sequence[SweepRun], out: Path) -> None:
+    """Refuse a file where a training needs a folder."""
+    for folder in {place for run in runs for place in (out / run.folder, *(out / run.folder).parents)}:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"A sweep needs a folder, but {folder} is a file; give another folder (--out).")
+
+
 def _report(outcomes: Sequence[_Outcome]) -> SweepReport:
     folders = {
         kind: tuple(outcome.folder for outcome in outcomes if outcome.kind == kind)
@@ -117,34 +145,50 @@ def _report(outcomes: Sequence[_Outcome]) -> SweepReport:
     return SweepReport(folders["finished"], folders["skipped"], folders["in use"], failed)
 
 
-def _attempt(run: SweepRun, out: Path, retry_failed: bool, checked: set[str]) -> _Outcome:
+def _attempt(run: SweepRun, call: _Call, checked: set[str]) -> _Outcome:
     """Do a training unless it is done, in use or has failed before."""
-    folder = out / run.folder
+    folder = call.out / run.folder
     if state_of(folder) == "finished":
-        _check_settings(run, folder, checked)
-        return _Outcome(run.folder, "skipped")
-    with _claimed(folder) as is_ours:
+        return _finished_before(run, folder, checked)
+    with _claimed(folder, call.is_shard) as is_ours:
         if not is_ours:
             return _Outcome(run.folder, "in use")
         state, file = state_of(folder), folder / FAILED
         if state == "finished":
-            _check_settings(run, folder, checked)
-            return _Outcome(run.folder, "skipped", "done by another process meanwhile")
-        if state == "failed" and not retry_failed:
+            return _finished_before(run, folder, checked, "done by another process meanwhile")
+        if state == "failed" and not call.retry_failed:
             return _Outcome(run.folder, "failed", f"{_said_in(file)} (before; retry it with --retry-failed)")
-        file.unlink(missing_ok=True)
         began = time.monotonic()
         try:
             results = _train(run, folder)
         except OtherSettings:
             raise
         except Exception as error:
-            failure = Failure.of(error, run.arguments, run.folder.parts[-2])
-            failure.save(file)
-            return _Outcome(run.folder, "failed", failure.error)
+            return _failed(run, folder, error)
         finally:
             gc.collect()  # a trainer refers to itself, and holds the state of its optimizer
+        file.unlink(missing_ok=True)
         return _Outcome(run.folder, "finished", f"{_told(results)}, {time.monotonic() - began:.0f} s")
+
+
+def _failed(run: SweepRun, folder: Path, error: Exception) -> _Outcome:
+    """Keep what happened."""
+    failure = Failure.of(error, run.arguments, run.folder.parts[-2])
+    failure.save(folder / FAILED)
+    return _Outcome(run.folder, "failed", failure.error)
+
+
+def _finished_before(run: SweepRun, folder: Path, checked: set[str], note: str = "") -> _Outcome:
+    """Skip a training that has results, if they can be read and are of its seed and its settings."""
+    try:
+        found, (seed,) = [result.seed for result in Results.load(folder).runs], run.arguments["seeds"]
+        if seed not in found:
+            told = f"{folder} has results of seed {', '.join(map(str, found))}, not {seed}; move it elsewhere."
+            return _Outcome(run.folder, "failed", told)
+        _check_settings(run, folder, checked)
+    except storage.WrongFile as error:
+        return _Outcome(run.folder, "failed", str(error))
+    return _Outcome(run.folder, "skipped", note)
 
 
 def _check_settings(run: SweepRun, folder: Path, checked: set[str]) -> None:
@@ -153,7 +197,8 @@ def _check_settings(run: SweepRun, folder: Path, checked: set[str]) -> None:
     Large tasks take seconds to read, and settings are known only with the data.
     """
     config = folder / "config.yaml"
-    found = config.read_text(encoding="utf-8") if config.exists() else ""
+    found = config.read_text(encoding="utf-8", errors="replace") if config.exists() else ""
+    found = found.replace(f"{LOCAL}: {{}}\n", "")  # older ones do not say that there are none
     key = storage.digest(json.dumps({**run.arguments, "seeds": None}, sort_keys=True), found)
     if key not in checked:
         _train(run, folder)  # which only reads what is finished
@@ -180,12 +225,16 @@ def _said_in(path: Path) -> str:
         return f"{path.name} is damaged"
 
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What file systems say that have no locks."""
+
+
 @contextlib.contextmanager
-def _claimed(folder: Path) -> Iterator[bool]:
+def _claimed(folder: Path, is_shard: bool) -> Iterator[bool]:
     """Whether the folder belongs to this process, until the block or the process ends.
 
     The lock is on a file beside the folder, as the folder of a refused run is taken away. The file stays: a lock on one
-    that another process has just deleted would be worth nothing.
+    that another process has just deleted would be worth nothing. Where there are no locks, all of a shard is its own.
     """
     path = folder.with_name(f".{folder.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -195,33 +244,40 @@ def _claimed(folder: Path) -> Iterator[bool]:
             is_ours = True
         except BlockingIOError:
             is_ours = False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            if not is_shard:
+                raise OSError(
+                    f"The file system of {path.parent} has no locks, by which processes share a sweep; give every "
+                    "process a part of its own, --shard I/N (0/1 for a process alone)."
+                ) from error
+            is_ours = True
         yield is_ours
 
 
-def _in_processes(
-    runs: Sequence[SweepRun], out: Path, retry_failed: bool, processes: int
-) -> Generator[_Outcome, None, None]:
-    """Hand out the trainings to processes; what a killed one was busy with goes to another one, once."""
+def _in_processes(runs: Sequence[SweepRun], call: _Call, processes: int) -> Generator[_Outcome, None, None]:
+    """Hand out the trainings to processes.
+
+    A killed process is replaced, and what it was busy with is tried once more; at the second kill it has failed. A
+    process that ends before it asks for its first training is not replaced: others would end likewise.
+    """
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     threads = max(1, torch.get_num_threads() // processes)
     waiting, killed = deque(runs), set[Path]()
     workers: dict[Connection, BaseProcess] = {}
-    busy: dict[Connection, SweepRun] = {}
+    busy: dict[Connection, SweepRun | None] = {}  # None until it asks for the first
 
-    def give(pipe: Connection) -> None:
-        if not waiting:
-            return pipe.close()
-        busy[pipe] = waiting.popleft()
-        with contextlib.suppress(BrokenPipeError):  # then its end is noticed below
-            pipe.send(busy[pipe])
+    def start() -> None:
+        ours, theirs = context.Pipe()
+        workers[ours] = context.Process(target=_work, args=(theirs, call, threads))
+        workers[ours].start()
+        theirs.close()
+        busy[ours] = None
 
     try:
         for _ in range(processes):
-            ours, theirs = context.Pipe()
-            workers[ours] = context.Process(target=_work, args=(theirs, out, retry_failed, threads))
-            workers[ours].start()
-            theirs.close()
-            give(ours)
+            start()
         while busy:
             for pipe in wait(list(busy)):
                 assert isinstance(pipe, Connection)
@@ -230,18 +286,26 @@ def _in_processes(
                     outcome = pipe.recv()
                 except (EOFError, ConnectionResetError):
                     pipe.close()
-                    if run.folder in killed:
-                        yield _Outcome(run.folder, "failed", "its process was killed, twice; the same command goes on")
-                    else:
+                    if run is not None and run.folder in killed:
+                        yield _killed_twice(run, call)
+                    elif run is not None:
                         killed.add(run.folder)
                         waiting.append(run)
+                    if run is not None and waiting:
+                        start()
                     continue
                 if isinstance(outcome, Exception):
                     raise outcome
-                yield outcome
-                give(pipe)
+                if outcome is not None:
+                    yield outcome
+                if not waiting:
+                    pipe.close()
+                    continue
+                busy[pipe] = waiting.popleft()
+                with contextlib.suppress(BrokenPipeError):  # then its end is noticed above
+                    pipe.send(busy[pipe])
         for run in waiting:
-            yield _Outcome(run.folder, "failed", "its process was killed; the same command goes on")
+            yield _Outcome(run.folder, "failed", "no process was left to do it; the same command goes on")
     finally:
         for pipe, worker in workers.items():
             pipe.close()  # which ends an idle one
@@ -251,20 +315,30 @@ def _in_processes(
             worker.join()
 
 
-def _work(pipe: Connection, out: Path, retry_failed: bool, threads: int) -> None:
-    """Do the trainings that come through the pipe, and send back what became of each."""
+def _killed_twice(run: SweepRun, call: _Call) -> _Outcome:
+    """Keep that a training fails without an error of its own."""
+    folder = call.out / run.folder
+    with _claimed(folder, call.is_shard) as is_ours:
+        if not is_ours:  # another call has begun it meanwhile
+            return _Outcome(run.folder, "in use")
+        return _failed(run, folder, ChildProcessError("Its process was killed, twice, as when memory runs out."))
+
+
+def _work(pipe: Connection, call: _Call, threads: int) -> None:
+    """Do the trainings that come through the pipe, and send back what became of each; None asks for the first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one is interrupted, too, and ends it
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     checked: set[str] = set()
-    with contextlib.suppress(EOFError):
+    outcome: _Outcome | Exception | None = None
+    with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
+            pipe.send(outcome)
             run = pipe.recv()
             try:
-                outcome: _Outcome | Exception = _attempt(run, out, retry_failed, checked)
+                outcome = _attempt(run, call, checked)
             except Exception as error:
                 outcome = error
-            pipe.send(outcome)
 
 
 def _end_with_parent() -> None:

@@ -101,7 +101,7 @@ class Paired:
         p_t: Of the paired t test, two-sided; None where there is no interval.
         p_permutation: Of the sign-flip permutation test, two-sided: the share of all :math:`2^n` choices of signs with
             :math:`|\sum_s \pm d_s| \ge |\sum_s d_s|`. None for fewer than two seeds.
-        smallest_p: The smallest that n seeds allow for it, :math:`2 / 2^n`.
+        smallest_p: The smallest that n seeds allow for it, :func:`smallest_p`.
         only_here: Seeds that only the arm has.
         only_reference: Seeds that only the reference has.
     """
@@ -143,7 +143,7 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float]) -> Paire
         high=high,
         p_t=p_t,
         p_permutation=sign_flip_p(differences) if len(seeds) > 1 else None,
-        smallest_p=2.0 ** (1 - len(seeds)) if len(seeds) > 1 else None,
+        smallest_p=smallest_p(len(seeds)) if len(seeds) > 1 else None,
         only_here=tuple(sorted(values.keys() - reference.keys())),
         only_reference=tuple(sorted(reference.keys() - values.keys())),
     )
@@ -181,6 +181,15 @@ def sign_flip_p(differences: np.ndarray) -> float:
     for difference in differences:
         sums += difference * draw.choice([-1.0, 1.0], FLIPS)
     return float((1 + _as_far(sums, differences).sum()) / (1 + FLIPS))
+
+
+def smallest_p(count: int) -> float:
+    r"""The smallest p of :func:`sign_flip_p`: :math:`2 / 2^n` of all signs, :math:`1 / (1 + \text{FLIPS})` of some.
+
+    Args:
+        count: How many differences there are, n.
+    """
+    return 2 / 2**count if count <= MOST_EXACT else 1 / (1 + FLIPS)
 
 
 def _as_far(sums: np.ndarray, differences: np.ndarray) -> np.ndarray:

@@ -19,6 +19,7 @@ from ..data import TASKS
 from ..finetune.plan import check_method, recipe_of
 from ..finetune.protocol import DEFAULT, checked_size, protocol_of
 from ..finetune.recipe import Recipe
+from ..finetune.regularizer import METHODS
 from ..finetune.training import finetune
 from ..masks import Mask
 from ..models import shown_name
@@ -60,9 +61,11 @@ class Sweep:
 
     Attributes:
         runs: The trainings, no folder twice.
+        is_shard: Whether it is one of several parts that do not overlap.
     """
 
     runs: tuple[SweepRun, ...]
+    is_shard: bool = False
 
     def states(self, out: str | Path) -> dict[Path, State]:
         """How far the trainings are, by folder; ``out`` is the folder of the sweep."""
@@ -81,7 +84,7 @@ class Sweep:
             raise ValueError(f"Of {of} parts of a sweep the numbers are 0 to {of - 1}; got {number}.")
         drawn = sorted((run.folder for run in self.runs), key=lambda folder: storage.digest(folder.as_posix()))
         chosen = set(drawn[number::of])
-        return Sweep(tuple(run for run in self.runs if run.folder in chosen))
+        return Sweep(tuple(run for run in self.runs if run.folder in chosen), is_shard=True)
 
 
 class _Loader(yaml.SafeLoader):
@@ -157,8 +160,8 @@ def _product(entry: Any) -> Iterator[tuple[int, SweepRun]]:
     shared = {key: value for key, value in entry.items() if key not in AXES}
     arms = {arm: _checked(arm, {**shared, **own}) for arm, own in _arms(entry.get("method", "vanilla")).items()}
     for key, values in (("model", models), ("task", tasks)):
-        if wrong := next((value for value in values if not isinstance(value, str)), None):
-            raise ValueError(f"{key} must be a name or a list of names; got {wrong!r}.")
+        if wrong := [value for value in values if not isinstance(value, str) or not value]:
+            raise ValueError(f"{key} must be a name or a list of names; got {wrong[0]!r}.")
     for task in tasks:
         _check_task("task", task)
     for size in sizes:
@@ -195,15 +198,22 @@ def _several(key: str, value: Any) -> list[Any]:
 
 def _seeds(value: Any) -> list[int]:
     numbers = list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
-    if not isinstance(numbers, list) or not numbers or not all(type(seed) is int and seed >= 0 for seed in numbers):
-        raise ValueError(f"seeds must be a number of at least 1, or a list of seeds; got {value!r}.")
+    if not isinstance(numbers, list) or not numbers or not all(type(n) is int and 0 <= n < 2**32 for n in numbers):
+        raise ValueError(
+            f"seeds must be a number of at least 1, or a list of seeds from 0 to {2**32 - 1}; got {value!r}."
+        )
     return _several("seeds", numbers)
 
 
 def _arms(methods: Any) -> dict[str, dict[str, Any]]:
     """Name of an arm to its own keywords."""
     if not isinstance(methods, dict):
-        methods = {name: None for name in _several("method", methods)}
+        names = _several("method", methods)
+        if wrong := [name for name in names if not isinstance(name, str)]:
+            raise ValueError(
+                f"method must be a name, a list of names, or a mapping from names of arms; got {wrong[0]!r}."
+            )
+        methods = dict.fromkeys(names)
     if not methods:
         raise ValueError("method is empty; give it a name.")
     arms: dict[str, dict[str, Any]] = {}
@@ -230,15 +240,30 @@ def _checked(arm: str, arguments: dict[str, Any]) -> dict[str, Any]:
             raise FileNotFoundError(f"There is no file {file}, the {key} of the arm {arm}.")
     if (task := arguments.get("intermediate_task")) is not None:
         _check_task("intermediate_task", task)
+    if arguments.get("pretrain_steps") is not None and arguments.get("pretrain_text") is None:
+        raise ValueError(f"pretrain_steps goes with pretrain_text only; leave it out of the arm {arm}.")
+    if (length := arguments.get("max_length")) is not None and length < 1:
+        raise ValueError(f"max_length must be at least 1; got {length}, in the arm {arm}.")
     method, settings = arguments["method"], arguments.get("settings") or {}
     try:
         check_method(method, settings)
+        _check_values(method, settings)
         given = {field.name: arguments[field.name] for field in fields(Recipe) if field.name in arguments}
         recipe_of(method, settings, Recipe(**given))
         protocol_of(arguments.get("protocol", DEFAULT), arguments.get("subset_seed", 0))
     except ValueError as error:
         raise ValueError(f"in the arm {arm}: {error}") from error
     return arguments
+
+
+def _check_values(method: str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings of other types than the classes of a method say."""
+    for name in method.split("+"):
+        for key, parameter in METHODS[name].settings().items():
+            wanted = parameter.annotation
+            is_plain = wanted in _WORDS or get_origin(wanted) is Literal
+            if key in settings and is_plain and not _accepts(wanted, settings[key]):
+                raise ValueError(f"the setting {key} must be {_words(wanted)}; got {settings[key]!r}.")
 
 
 def _check_task(key: str, name: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .arms import is_loss
+from .statistics import FLIPS, MOST_EXACT
 
 if TYPE_CHECKING:
     from .comparison import Comparison, Row
@@ -134,16 +134,22 @@ def _plain(row: "Row", comparison: "Comparison") -> dict[str, Any]:
 def _explained(comparison: "Comparison") -> list[str]:
     """What the numbers are."""
     how, reference = NAMES[comparison.correction], comparison.reference
+    tests, holm = comparison.tested, comparison.correction == "holm"
+    constant = "predicts one thing for all, " if comparison.which == "last" else ""
     return [
         f"Metrics {EPOCHS[comparison.which]}, on the report examples of the protocol {comparison.protocol}.",
         "± is the standard deviation over seeds (ddof 1), with trainings that failed where they have a number.",
         f"Differences to {reference} are means over common seeds, with the 95 % interval of the paired t test.",
-        f"p is two-sided, and in brackets corrected for the number of differences in these tables, {comparison.tested} "
-        f"({how}).",
-        "The sign-flip test of n seeds is exact up to n = 20, and cannot go below 2/2ⁿ.",
+        f"A training failed that crashed, diverged, {constant}is in the main metric of that epoch no better than the "
+        "labels alone, or has a training loss still at theirs.",
+        f"p is two-sided, and in brackets corrected for the tests of its kind in these tables ({how}): "
+        f"{tests['p_t']} t tests, {tests['p_permutation']} sign-flip tests and {tests['p_spread']} of equal spread.",
+        f"The sign-flip test of n seeds is exact up to n = {MOST_EXACT} and cannot go below 2/2ⁿ; of more seeds it "
+        f"takes random flips and cannot go below 1/{1 + FLIPS}.",
+        *(["Holm's correction multiplies that by the number of these tests."] if holm else []),
         "Time is that of an optimizer step (median), memory the most of all trainings, on a CPU that of the whole "
         "process, the program itself included.",
-        f"Bold is the best mean, if the interval of its difference to {reference} excludes 0.",
+        f"Bold is the best mean, if all of the interval of its difference to {reference} is on the better side of 0.",
     ]
 
 
@@ -177,9 +183,8 @@ def _columns(rows: "Sequence[Row]", comparison: "Comparison") -> "Mapping[str, C
         columns[without] = lambda row: _spread(row.summary.mean_without_failed, row.summary.std_without_failed)
     columns[f"minus {reference} [95 % interval]"] = lambda row: _difference(row.paired)
     if smallest:
-        least = f", at least {_p(min(smallest))}" if min(smallest) > 1e-3 else ""
         columns[f"p, paired t test ({how})"] = lambda row: _two(row.p_t, row.p_t_corrected)
-        flip = f"p, sign-flip test{least} ({how})"
+        flip = f"p, sign-flip test{_floor(smallest)} ({how})"
         columns[flip] = lambda row: _two(row.p_permutation, row.p_permutation_corrected)
         columns[f"p of equal spread, Brown-Forsythe ({how})"] = lambda row: _two(row.p_spread, row.p_spread_corrected)
     if any(row.time is not None for row in rows):
@@ -191,14 +196,23 @@ def _columns(rows: "Sequence[Row]", comparison: "Comparison") -> "Mapping[str, C
 
 
 def _best(rows: "Sequence[Row]") -> int | None:
-    """The row with the best mean, if that differs from the reference's."""
-    sign = -1 if is_loss(rows[0].metric) else 1
+    """The row with the best mean, if that is better than the reference's seed by seed, too."""
+    sign = -1 if rows[0].less_is_better else 1
     known = [(sign * row.summary.mean, -i) for i, row in enumerate(rows) if row.summary.mean is not None]
     if not known:
         return None
     best = -max(known)[1]
     difference = rows[best].paired
-    return best if difference is not None and difference.excludes_zero else None
+    if difference is None or difference.mean is None or not difference.excludes_zero:
+        return None
+    return best if sign * difference.mean > 0 else None
+
+
+def _floor(smallest: Sequence[float]) -> str:
+    """Where the p of the sign-flip test ends, from the arm with the most seeds to that with the fewest."""
+    if max(smallest) <= 1e-3:
+        return ""
+    return f", at least {' to '.join(dict.fromkeys(map(_p, (min(smallest), max(smallest)))))}"
 
 
 def _number(value: float | None) -> str:

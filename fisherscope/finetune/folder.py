@@ -143,7 +143,7 @@ def leave(folder: Path, made: bool) -> None:
         return
     for part in work:
         shutil.rmtree(part)
-    for name in (CONFIG, SPLITS):
+    for name in (SPLITS, CONFIG):  # which says whose the others are, should the process be killed here
         (folder / name).unlink(missing_ok=True)
     if made:
         with contextlib.suppress(OSError):  # what somebody else put there meanwhile stays

@@ -64,15 +64,17 @@ class Splits:
     Attributes:
         train: Of the training split: class ids; for real labels the number of their bin, for text 0.
         validation: Of the validation split, likewise; empty if there is none.
+        name: Of the training split, as that of a :class:`Source`.
     """
 
     train: np.ndarray
     validation: np.ndarray
+    name: str = ""
 
     @staticmethod
     def of(train: Source, validation: Source | None, objective: str) -> "Splits":
         """Those of the sources that were read."""
-        return Splits(_classes(train, objective), _classes(validation, objective))
+        return Splits(_classes(train, objective), _classes(validation, objective), train.name)
 
 
 def _classes(source: Source | None, objective: str) -> np.ndarray:
@@ -215,24 +217,30 @@ def fixed_subset(splits: Splits, size: Size, seed: int) -> Roles:
 def somayajula2024(splits: Splits, size: Size, seed: int) -> Roles:
     """Attention-guided weights mixup (Somayajula et al. 2024, arXiv 2403.12918), as its code divides the data.
 
-    The training set is drawn without regard to classes, by the seed of the run; a sixth of the training split (what
-    is left of it, if less) selects; the validation split is reported. On full data the published code selects on
-    the reported examples, which we do not: nothing selects there. The random generator is ours.
+    The training set is drawn without regard to classes, by the seed of the run; of the rest of the training split a
+    sixth of as many examples (all of it, if less) selects; the validation split is reported. On full data the published
+    code selects on the reported examples, which we do not: nothing selects there. The random generator is ours, and so
+    is that the rest may be too small for a sixth, where the published code fails.
     """
     available = splits.train.size
     train = count_of(size, available)
-    select = min(round(available / 6), available - train)
+    select = min(train // 6, available - train)
     chosen, others = _drawn(available, train, select, seed=seed)
     return Roles(_of_train(chosen), _of_train(others), _whole(splits.validation))
 
 
 def sharma2024(splits: Splits, size: Size, seed: int) -> Roles:
-    """Guided dropout (Sharma et al. 2024, arXiv 2406.14005), as its code divides the data.
+    r"""Guided dropout (Sharma et al. 2024, arXiv 2406.14005), as its code divides the data.
 
-    Both splits are put together and shuffled. Four fifths are for training, of which a smaller set takes the first; a
-    fifth is reported. Nothing selects. Scores are not comparable with those on a validation split. That the seed of the
-    run shuffles, and the random generator, are ours; so is that a fraction is one of the four fifths.
+    Both splits are put together and shuffled by the seed of the run. Four fifths are for training, of which a smaller
+    set takes the first (a fraction r of n examples is :math:`\lfloor r n \rfloor`, at least 1); a fifth is reported. Of
+    MNLI the training split alone is shuffled and trains, and the matched validation split is reported. Nothing selects.
+    Scores are not comparable with those on a validation split. The random generator is ours, and so is that a size may
+    be a number of examples.
     """
+    if splits.name == "mnli:train":
+        order = np.random.default_rng(seed).permutation(splits.train.size)
+        return Roles(_of_train(np.sort(order[: _cut(size, order.size)])), {}, _whole(splits.validation))
     total = splits.train.size + splits.validation.size
     order = np.random.default_rng(seed).permutation(total)
     training = 4 * total // 5
@@ -244,7 +252,12 @@ def sharma2024(splits: Splits, size: Size, seed: int) -> Roles:
         }
         return {split: sorted(part.tolist()) for split, part in parts.items() if part.size}
 
-    return Roles(positions(order[: count_of(size, training)]), {}, positions(order[training:]))
+    return Roles(positions(order[: _cut(size, training)]), {}, positions(order[training:]))
+
+
+def _cut(size: Size, available: int) -> int:
+    """As :func:`count_of`, but of a fraction the whole part."""
+    return count_of(max(1, int(size * available)) if isinstance(size, float) else size, available)
 
 
 def dps2022(splits: Splits, size: Size, seed: int) -> Roles:
@@ -259,11 +272,13 @@ def dps2022(splits: Splits, size: Size, seed: int) -> Roles:
 
 
 def zhang2020(splits: Splits, size: Size, seed: int) -> Roles:
-    """Revisiting few-sample BERT fine-tuning (Zhang et al. 2021, arXiv 2006.05987), as its code divides the data.
+    r"""Revisiting few-sample BERT fine-tuning (Zhang et al. 2021, arXiv 2006.05987), as its code divides the data.
 
     One half of the validation split, stratified, selects, the other is reported; the training set has as many
-    examples of every class; the draws are the same for all seeds; a training is measured ten times. The random
-    generator is ours, and so is that real labels are drawn by tenths of their distribution.
+    examples of every class; the draws are the same for all seeds; a training is measured ten times. Of K classes the
+    published code draws :math:`\lfloor n / K \rfloor` each, fewer of a class that has fewer; here the training set has
+    n examples all the same, by one more of some classes, or more of those that have more. The random generator is ours,
+    and so is that real labels are drawn by tenths of their distribution.
     """
     classes = splits.train
     chosen = np.arange(classes.size) if size is None else balanced(classes, count_of(size, classes.size), seed)

@@ -6,9 +6,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .. import storage
+from .protocol import checked_size
+
+T = TypeVar("T")
 
 FORMAT = "fisherscope.results"
 
@@ -138,21 +142,26 @@ class Results:
         """The main or another metric by seed."""
         return {run.seed: run.value(metric or self.metric, which) for run in self.runs if run.evaluations}
 
-    def failure(self, run: SeedResult) -> str | None:
+    def failure(self, run: SeedResult, which: Which = "last") -> str | None:
         r"""Why a training counts as failed, in words; None if it does not.
 
-        It failed if it diverged, if it predicts the same for all examples, if its main metric after the last epoch is
-        no better than that of the majority class or the mean label (Dodge et al. 2020, arXiv 2002.06305, section 3;
-        Mosbach et al. 2021, arXiv 2006.04884), or if its training loss in the last epoch is within 1 % of the entropy
-        of the labels, :math:`-\sum_c p_c \log p_c` (ours). A correlation with constant predictions counts as 0.
+        It failed if it diverged, if its main metric is no better than that of the majority class or the mean label
+        (Dodge et al. 2020, arXiv 2002.06305, section 3; Mosbach et al. 2021, arXiv 2006.04884), or if its training loss
+        in the last epoch is within 1 % of the entropy of the labels, :math:`-\sum_c p_c \log p_c` (ours). Where the
+        last evaluation counts, it also failed if it predicts the same for all examples then, which is not known of
+        earlier ones. A correlation with constant predictions counts as 0.
+
+        Args:
+            run: The training.
+            which: The evaluation whose main metric counts, as for :meth:`SeedResult.value`.
         """
         reasons = []
         if run.status != "finished":
             reasons.append(run.status)
-        if run.constant:
+        if run.constant and which == "last":
             reasons.append("one prediction for all")
         least = run.baselines.get(self.metric)
-        if run.evaluations and least is not None and not run.value(self.metric) > least:
+        if run.evaluations and least is not None and not run.value(self.metric, which) > least:
             reasons.append(f"{self.metric} no better than the {least:.4f} of the labels alone")
         entropy, loss = run.baselines.get("label_entropy"), run._last_epoch_loss()
         if entropy is not None and loss is not None and abs(loss - entropy) <= 0.01 * entropy:
@@ -222,7 +231,52 @@ class Results:
             raise storage.WrongFile(f"{path} is not JSON or was cut short; make it again.") from error
         storage.check_header(path, FORMAT, contents.pop("format", None), contents.pop("format_version", None))
         try:
-            runs = [SeedResult(**run) for run in contents.pop("runs")]
-            return Results(**contents, runs=runs)
-        except (KeyError, TypeError) as error:
+            runs = [_checked(SeedResult, run) for run in contents.pop("runs")]
+            results = _checked(Results, {**contents, "runs": runs})
+            _check_contents(results)
+            return results
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise storage.WrongFile(f"{path} has damaged contents; make it again.") from error
+
+
+def _checked(kind: type[T], contents: Mapping[str, Any]) -> T:
+    """A dataclass of what JSON holds, if every value is of the type of its field."""
+    hints = get_type_hints(kind)
+    for name, value in contents.items():
+        if not _fits(value, hints[name]):
+            raise TypeError(f"{name} is not of its type")
+    return kind(**contents)
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether a value of JSON is of a type; a whole number is a float, too, and a truth value is no number."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is UnionType:
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin is Sequence:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if origin is Mapping:
+        return isinstance(value, dict) and all(_fits(item, parts[1]) for item in value.values())
+    if annotation in (int, float):
+        return isinstance(value, int | annotation) and not isinstance(value, bool)
+    return annotation is Any or isinstance(value, annotation)
+
+
+def _check_contents(results: Results) -> None:
+    """Refuse what is of the right type and cannot be."""
+    for run in results.runs:
+        for row in run.evaluations:
+            if not {"step", "epoch", results.metric} <= row.keys() == run.evaluations[0].keys():
+                raise KeyError("an evaluation lacks a metric")
+            if not (row["step"] > 0 and row["epoch"] > 0):
+                raise ValueError("an evaluation is of no epoch")
+        if not all({"step", "loss"} <= row.keys() for row in run.losses):
+            raise KeyError("a loss lacks its step")
+    checked_size(results.settings.get("train_size"))
+    for name in ("settings", "data"):
+        if not isinstance(results.settings.get(name, {}), dict):
+            raise TypeError(f"{name} is no mapping")
+    if results.provenance and not isinstance(results.provenance.get("device"), str):
+        raise TypeError("there is no device")

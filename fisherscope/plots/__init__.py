@@ -376,7 +376,7 @@ def run_sizes(
     r"""Draw the mean over seeds against the size of the training set, with its 95 % t interval, a panel for every task.
 
     The interval is :math:`\bar x \pm t_{0.975, n - 1} \, s / \sqrt n`. The counterpart of figure 4 of arXiv 2406.14005.
-    Lines are moved sideways a little, so that intervals do not cover each other. Arguments are those of
+    Lines are moved sideways, by 8 % at most, so that intervals cover each other less. Arguments are those of
     :func:`run_boxes`.
 
     Returns:
@@ -384,7 +384,8 @@ def run_sizes(
 
     Raises:
         TypeError: If something else than runs was given.
-        ValueError: As for :func:`run_boxes`, and if there is one size only, or numbers of examples beside shares.
+        ValueError: As for :func:`run_boxes`, and if there is one size only, numbers of examples beside shares, or more
+            methods than kinds of lines (210).
     """
     draw = _backend(out, of_runs=True)
     return _save(draw.run_sizes(sizes(runs, reference, metric, which)), out)
@@ -393,10 +394,11 @@ def run_sizes(
 def run_ranks(
     runs: "Sequence[Arm]", out: str | Path, *, metric: str | None = None, which: "Which | None" = None
 ) -> Path:
-    """Draw mean ranks of methods over blocks (seeds of tasks), with Nemenyi's critical difference.
+    """Draw mean ranks of three methods or more over blocks (seeds of tasks), with Nemenyi's critical difference.
 
     Bars join methods whose mean ranks differ by less than that (Demšar 2006, JMLR 7, section 3.2). Ties share their
-    rank, and a run without a number ranks last. Methods that lack a block are left out, and the figure says so.
+    rank, and a run without a number ranks last. Blocks that fewer than half of the methods have are left out, and then
+    methods that lack a block; the figure says so.
 
     Args:
         runs: Of :func:`fisherscope.read_runs`.
@@ -422,6 +424,7 @@ def learning_curves(
 
     Thin lines are runs, the thick one is their mean, the grey one the mean of the reference. Losses are as logged. What
     the labels of the training examples alone give (their entropy, the majority class) is dotted, where it is known.
+    Failed runs are drawn last; the range of an axis is that of the others.
 
     Args:
         runs: Of :func:`fisherscope.read_runs`.

@@ -28,7 +28,7 @@ from ._matplotlib_layout import (
     wrapped,
 )
 from ._prepare import COLOURS, columns, spread
-from ._prepare_runs import Boxes, BoxRow, CostPanel, Costs, Learning, LearningCurves, Ranks, Sizes
+from ._prepare_runs import Boxes, BoxRow, CostPanel, Costs, Learning, LearningCurves, Ranks, Sizes, side_step
 
 __all__ = ["learning_curves", "run_boxes", "run_costs", "run_ranks", "run_sizes", "save"]
 
@@ -37,6 +37,7 @@ ROW = 0.21  # of one method
 _AXIS = 0.40  # ticks and label below a panel
 _TITLE = 0.24
 _BAD = COLOURS[1]
+_MARKERS = MARKERS[:6]  # not as many as colours, so that each colour gets every marker
 _DASHED, _DOTTED = (0, (4, 2)), (0, (1, 1.5))
 
 
@@ -115,8 +116,7 @@ def run_sizes(sizes: Sizes) -> Figure:
     title, inside = 0.08 + max(map(_title_height, titles)), min(0.85 * room, 2.2)
     height = math.ceil(count / across) * (title + inside + _AXIS)
     legend = _Legend(sizes.names, width)
-    moved = ["Lines are moved sideways a little, so that bars do not cover each other."] if len(sizes.names) > 1 else []
-    sheet = Sheet(width, height + legend.height, [*sizes.notes, *moved])
+    sheet = Sheet(width, height + legend.height, sizes.notes)
     for number, panel in enumerate(sizes.panels):
         row, column = divmod(number, across)
         axes = sheet.axes(left + column * (room + left), row * (title + inside + _AXIS) + title, room, inside)
@@ -129,7 +129,7 @@ def run_sizes(sizes: Sizes) -> Figure:
             axes.errorbar(x, line.mean, reach, elinewidth=0.6, capsize=1.2, capthick=0.6, **_series(place))
         set_ticks(axes.xaxis, [(tick, f"{tick:,g}") for tick in spread(sizes.ticks)])
         axes.xaxis.set_minor_locator(NullLocator())
-        axes.set(xlabel=sizes.x_label)
+        axes.set(xlabel=sizes.x_label, xlim=sizes.limits)
         axes.set_ylabel(wrapped(panel.label, inside + 0.2), labelpad=2)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     legend.draw(sheet, height)
@@ -139,16 +139,17 @@ def run_sizes(sizes: Sizes) -> Figure:
 @matplotlib.rc_context(STYLE)
 def run_ranks(ranks: Ranks) -> Figure:
     """Mean ranks, the best at the top, with the critical difference above and bars that join what does not differ."""
-    labels, count = _label_width(ranks.names), len(ranks.names)
-    bars, title = 0.10 * len(ranks.alike) + 0.08, 0.40
-    inside = ROW * count
-    sheet = Sheet(COLUMN, title + inside + _AXIS, ranks.notes)
-    room = COLUMN - labels - bars - 0.08
+    labels, count, between = _label_width(ranks.names), len(ranks.names), 0.10
+    width = COLUMN if COLUMN - labels - between * len(ranks.alike) > 1.5 else PAGE
+    between = min(between, width / 3 / max(len(ranks.alike), 1))
+    title, inside = 0.40, ROW * count
+    sheet = Sheet(width, title + inside + _AXIS, ranks.notes)
+    room = width - labels - between * len(ranks.alike) - 0.16
     axes = sheet.axes(labels, title, room, inside)
     axes.plot(ranks.means, range(count), "o", color=COLOURS[0], markersize=4.0, clip_on=False, zorder=3)
     axes.hlines(range(count), 1, ranks.means, color=COLOURS[0], linewidth=0.8)
     axes.set(xlim=(1, max(count, 1 + ranks.critical)), xlabel="mean rank")
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(min(8, int(room / 0.2)), integer=True))
     _name_rows(axes, ranks.names)
     above: Any = axes.get_xaxis_transform()
     height = 1 + 0.10 / inside
@@ -157,7 +158,7 @@ def run_ranks(ranks: Ranks) -> Figure:
     axes.text(1, height + 0.06 / inside, text, transform=above, ha="left", va="bottom")
     for number, (first, last) in enumerate(ranks.alike):
         place: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "clip_on": False, "solid_capstyle": "butt"}
-        x = 1 + (0.08 + 0.10 * number) / room
+        x = 1 + (0.08 + between * number) / room
         axes.plot([x, x], [first - 0.3, last + 0.3], color="black", linewidth=2.0, **place)
     return sheet.finished()
 
@@ -183,7 +184,7 @@ def learning_curves(curves: LearningCurves) -> Figure:
                 y = top + 0.24 + row * band + title + which * (inside + gap)
                 axes = sheet.axes(left + column * (room + between), y, room, inside)
                 _draw_course(axes, task, number, which)
-                axes.set(xlim=(0, 1.02 * task.epochs), ylim=task.limits(which))
+                axes.set(xlim=(0, 1.02 * task.epochs(number)), ylim=task.limits(which))
                 axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
                 axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
                 if which == 0:
@@ -227,11 +228,6 @@ def save(figure: Figure, path: Path, suffix: str) -> None:
     _matplotlib.save(figure, path, suffix)
 
 
-def side_step(number: int, count: int) -> float:
-    """The factor by which one of several lines is moved along a logarithmic axis."""
-    return 1.025 ** (number - (count - 1) / 2)
-
-
 class _Legend:
     """Names of lines below a figure, in as many columns as fit."""
 
@@ -256,7 +252,7 @@ def _series(number: int) -> dict[str, Any]:
     return {
         "color": COLOURS[number % len(COLOURS)],
         "linestyle": DASHES[number % len(DASHES)],
-        "marker": MARKERS[number % len(MARKERS)],
+        "marker": _MARKERS[number % len(_MARKERS)],
         "markersize": 3.0,
     }
 
@@ -315,13 +311,15 @@ def _draw_box(axes: Axes, position: int, row: BoxRow) -> None:
 
 
 def _draw_course(axes: Axes, task: Learning, number: int, which: int) -> None:
+    """Runs below their mean, but those that failed above it."""
     course, reference = task.courses[which][number], task.courses[which][0]
-    for values, failed in zip(course.seeds, course.failed, strict=True):
-        colour = _BAD if failed else COLOURS[0]
-        axes.plot(course.x, values, color=colour, linewidth=0.4, alpha=0.6)
+    for values in course.seeds[~course.failed]:
+        axes.plot(course.x, values, color=COLOURS[0], linewidth=0.4, alpha=0.6)
     if number:
         axes.plot(reference.x, reference.mean, color="0.5", linewidth=0.9)
     axes.plot(course.x, course.mean, color=COLOURS[0], linewidth=1.3)
+    for values in course.seeds[course.failed]:
+        axes.plot(course.x, values, color=_BAD, linewidth=0.9)
     level = task.levels[which]
     if level is not None:
         axes.axhline(level, color="black", linewidth=0.7, linestyle=_DOTTED)

@@ -13,12 +13,12 @@ from plotly.subplots import make_subplots
 
 from . import _plotly
 from ._prepare import COLOURS, columns, spread
-from ._prepare_runs import Boxes, BoxRow, Costs, Course, LearningCurves, Ranks, Sizes
+from ._prepare_runs import Boxes, BoxRow, Costs, Course, LearningCurves, Ranks, Sizes, side_step
 
 __all__ = ["learning_curves", "run_boxes", "run_costs", "run_ranks", "run_sizes", "save"]
 
 _DASHES = ("solid", "dash", "dashdot", "dot", "longdashdot")
-_MARKERS = ("circle", "square", "diamond", "triangle-down", "triangle-up", "cross", "x")
+_MARKERS = ("circle", "square", "diamond", "triangle-down", "triangle-up", "cross")  # not as many as colours
 _QUIET, _BAD, _GREY = "#595959", COLOURS[1], "#888888"
 _TOP, _ROW, _HEAD, _AXIS, _FOOTER, _LINE, _PANEL = 80, 30, 50, 70, 30, 18, 320  # pixels
 _LOOK = {"template": "plotly_white", "font": {"family": "sans-serif", "size": 13}}
@@ -58,8 +58,9 @@ def run_sizes(sizes: Sizes) -> go.Figure:
             }
             colour = COLOURS[style % len(COLOURS)]
             trace = go.Scatter(
-                x=line.x,
+                x=line.x * side_step(style, len(sizes.names)),
                 y=line.mean,
+                customdata=line.x,
                 error_y=reach | {"thickness": 1, "width": 3},
                 name=html.escape(line.name),
                 legendgroup=html.escape(line.name),
@@ -67,13 +68,18 @@ def run_sizes(sizes: Sizes) -> go.Figure:
                 mode="lines+markers",
                 line={"color": colour, "dash": _DASHES[style % len(_DASHES)], "width": 2},
                 marker={"symbol": _MARKERS[style % len(_MARKERS)], "size": 7},
-                hovertemplate=f"{html.escape(line.name)}, %{{x:,}}: %{{y:.4f}}<extra></extra>",
+                hovertemplate=f"{html.escape(line.name)}, %{{customdata:,}}: %{{y:.4f}}<extra></extra>",
             )
             named.add(line.name)
             figure.add_trace(trace, **place)
         ticks = spread(sizes.ticks)
         figure.update_xaxes(
-            title=sizes.x_label, type="log", tickvals=ticks, ticktext=[f"{tick:,g}" for tick in ticks], **place
+            title=sizes.x_label,
+            type="log",
+            range=np.log10(sizes.limits),
+            tickvals=ticks,
+            ticktext=[f"{tick:,g}" for tick in ticks],
+            **place,
         )
         figure.update_yaxes(title=html.escape(panel.label), zeroline=False, **place)
     figure.update_layout(showlegend=True)
@@ -99,8 +105,9 @@ def run_ranks(ranks: Ranks) -> go.Figure:
     )
     end = max(float(count), 1 + ranks.critical)
     thick: dict[str, Any] = {"mode": "lines", "hoverinfo": "skip", "line": {"color": "black", "width": 5}}
+    between = min(0.02, 0.5 / max(len(ranks.alike), 1)) * (end - 1)
     for number, (first, last) in enumerate(ranks.alike):
-        x = end + 0.02 * (end - 1) * (number + 1)
+        x = end + between * (number + 1)
         figure.add_trace(go.Scatter(x=[x, x], y=[first - 0.3, last + 0.3], **thick))
     thin = thick | {"line": {"color": "black", "width": 2}, "mode": "lines+markers"}
     thin |= {"marker": {"symbol": "line-ns-open", "size": 8}}
@@ -108,8 +115,8 @@ def run_ranks(ranks: Ranks) -> go.Figure:
     label = {"text": f"critical difference {ranks.critical:.2f}", "showarrow": False, "xanchor": "left"}
     figure.add_annotation(x=1, y=-0.85, yanchor="bottom", **label)
     _name_rows(figure, names, {"row": 1, "col": 1})
-    far = end + 0.02 * (end - 1) * (len(ranks.alike) + 1)
-    figure.update_xaxes(title="mean rank", range=[0.95, far], zeroline=False, tickvals=list(range(1, count + 1)))
+    far, ticks = end + between * (len(ranks.alike) + 1), range(1, count + 1, math.ceil(count / 20))
+    figure.update_xaxes(title="mean rank", range=[0.95, far], zeroline=False, tickvals=list(ticks))
     figure.update_yaxes(range=[count - 0.5, -1.7])
     return figure
 
@@ -140,7 +147,7 @@ def learning_curves(curves: LearningCurves) -> go.Figure:
                 level = task.levels[which]
                 if level is not None:
                     figure.add_hline(level, line={"color": "black", "width": 1, "dash": "dot"}, **place)
-                figure.update_xaxes(title="epoch" if which else None, range=[0, 1.02 * task.epochs], **place)
+                figure.update_xaxes(title="epoch" if which else None, range=[0, 1.02 * task.epochs(number)], **place)
                 figure.update_yaxes(
                     title="<br>".join(map(html.escape, textwrap.wrap(task.labels[which], 22))) if column == 0 else None,
                     range=task.limits(which),
@@ -256,15 +263,16 @@ def _box_traces(name: str, position: int, row: BoxRow) -> list[Any]:
 
 
 def _course_traces(name: str, course: Course, reference: Course | None) -> list[go.Scatter]:
+    """Runs below their mean, but those that failed above it."""
     quiet: dict[str, Any] = {"mode": "lines", "hoverinfo": "skip"}
+    thin, bad = {"width": 0.8, "color": COLOURS[0]}, {"width": 1.6, "color": _BAD}
     traces = [
-        go.Scatter(
-            x=course.x, y=values, opacity=0.5, line={"width": 0.8, "color": _BAD if bad else COLOURS[0]}, **quiet
-        )
-        for values, bad in zip(course.seeds, course.failed, strict=True)
+        go.Scatter(x=course.x, y=values, opacity=0.5, line=thin, **quiet) for values in course.seeds[~course.failed]
     ]
+    failed = [go.Scatter(x=course.x, y=values, line=bad, **quiet) for values in course.seeds[course.failed]]
     if reference is not None:
         traces.append(go.Scatter(x=reference.x, y=reference.mean, line={"width": 1.5, "color": _GREY}, **quiet))
     thick = {"width": 2.5, "color": COLOURS[0]}
     hover = f"{html.escape(name)}, epoch %{{x:.2f}}: %{{y:.4f}}<extra></extra>"
-    return [*traces, go.Scatter(x=course.x, y=course.mean, mode="lines", line=thick, hovertemplate=hover)]
+    mean = go.Scatter(x=course.x, y=course.mean, mode="lines", line=thick, hovertemplate=hover)
+    return [*traces, mean, *failed]

@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -23,6 +24,9 @@ LEVEL = 0.05
 
 JITTER = 0.26
 """How far dots stand from the middle of a row of boxes, in rows."""
+
+STYLES = 210
+"""How many lines look different: 7 colours, 6 markers and 5 kinds of dashes, cycled together."""
 
 METRIC_LABELS = {
     "accuracy": "accuracy (share of examples)",
@@ -111,6 +115,11 @@ class Sizes:
     x_label: str
     notes: tuple[str, ...]
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Where the axes of all panels begin and end."""
+        return self.ticks[0] / 1.2, self.ticks[-1] * 1.2
+
 
 @dataclass(frozen=True, eq=False)
 class Ranks:
@@ -167,11 +176,12 @@ class Learning:
     levels: tuple[float | None, float | None]
 
     def limits(self, quantity: int) -> tuple[float, float]:
-        """The range of all trainings and the level, so that arms can be compared."""
-        level = self.levels[quantity]
-        values = np.concatenate(
-            [*(course.seeds.ravel() for course in self.courses[quantity]), [math.nan if level is None else level]]
-        )
+        """The range of all trainings that did not fail (of all, if all did) and of the level, one for all arms."""
+        courses, level = self.courses[quantity], self.levels[quantity]
+        values = np.concatenate([course.seeds[~course.failed].ravel() for course in courses])
+        if not np.isfinite(values).any():
+            values = np.concatenate([course.seeds.ravel() for course in courses])
+        values = np.append(values, math.nan if level is None else level)
         values = values[np.isfinite(values)]
         if not values.size:
             return 0.0, 1.0
@@ -179,9 +189,18 @@ class Learning:
         return float(values.min()) - margin, float(values.max()) + margin
 
     @property
-    def epochs(self) -> float:
-        """Where the horizontal axis ends."""
-        return max((float(course.x.max()) for both in self.courses for course in both if course.x.size), default=1.0)
+    def is_cut(self) -> bool:
+        """Whether some trainings go beyond the limits."""
+        limits = [self.limits(quantity) for quantity in range(2)]
+        return any(
+            bool(((course.seeds < low) | (course.seeds > high)).any())
+            for (low, high), courses in zip(limits, self.courses, strict=True)
+            for course in courses
+        )
+
+    def epochs(self, number: int) -> float:
+        """Where the horizontal axes of one arm end."""
+        return max((float(courses[number].x[-1]) for courses in self.courses if courses[number].x.size), default=1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,7 +266,8 @@ def sizes(runs: "Sequence[Arm]", reference: str, metric: str | None, which: "Whi
 
     Raises:
         TypeError: If something else than runs was given.
-        ValueError: If they cannot be compared, there is one size only, or there are numbers and shares.
+        ValueError: If they cannot be compared, there is one size only, there are numbers and shares, or more arms than
+            :data:`STYLES`.
     """
     given = _arms(runs, "run_sizes")
     comparison, groups = _compared(given, reference, metric, which)
@@ -279,6 +299,11 @@ def sizes(runs: "Sequence[Arm]", reference: str, metric: str | None, which: "Whi
             "these as boxes."
         )
     names = _names(groups, reference)
+    if len(names) > STYLES:
+        raise ValueError(
+            f"run_sizes needs at most {STYLES} methods, as it has so many kinds of lines, got {len(names)}; leave "
+            "folders out, or draw these as boxes."
+        )
     models = {model for model, _ in by_task}
     panels = []
     for (model, task), ones in by_task.items():
@@ -292,15 +317,28 @@ def sizes(runs: "Sequence[Arm]", reference: str, metric: str | None, which: "Whi
         panels.append(SizePanel(title, _metric_label(rows[0].metric, _arm(given, rows[0])), lines))
     if len(models) == 1:
         notes.append(f"Model: {models.pop()}.")
+    if len(names) > 1:
+        notes.append("Lines are moved sideways, by 8 % at most, so that bars cover each other less.")
     ticks = tuple(sorted({x_of[one.train_size] for ones in by_task.values() for one in ones}))
     x_label = "share of the training examples" if are_shares == {True} else "training examples"
     return Sizes(names, tuple(panels), ticks, x_label, tuple(notes))
 
 
+def side_step(number: int, count: int) -> float:
+    """The factor by which one of several lines is moved along the axis of sizes: 2.5 % from each to the next, or less.
+
+    Args:
+        number: Of the line.
+        count: Of all lines; together they reach 8 % to either side at most.
+    """
+    middle = (count - 1) / 2
+    return min(1.025, 1.08 ** (1 / max(middle, 1))) ** (number - middle)
+
+
 def ranks(runs: "Sequence[Arm]", metric: str | None, which: "Which | None") -> Ranks:
     """Mean ranks over blocks, a block being one seed of one task, training size and model.
 
-    A block counts if at least half of the arms have it.
+    A block counts if at least half of the arms have it. There must be three arms, as Friedman's test needs them.
 
     Raises:
         TypeError: If something else than runs was given.
@@ -320,9 +358,9 @@ def ranks(runs: "Sequence[Arm]", metric: str | None, which: "Which | None") -> R
             f"{len(names)} with {len(blocks)}{f', without {told}' if told else ''}; run what is missing, or leave "
             "folders out."
         )
-    if rare := len(everywhere) - len(blocks):
-        told += f"{', ' if told else ''}{rare} block{'s' * (rare > 1)} that fewer than half of the methods have"
-    kept = [arm for arm in given if arm.method in names]
+    rare = Counter(group for group, _ in sorted(everywhere - usual, key=lambda block: block[0].order))
+    counted = {group for group, _ in blocks}
+    kept = [arm for arm in given if arm.method in names and arm.group in counted]
     comparison, groups = _compared(kept, names[0], metric, which)
     worths = np.array([[_worth(kept, name, block, groups, comparison) for name in names] for block in blocks])
     ranked = np.array([stats.rankdata(-row) for row in worths])
@@ -339,6 +377,7 @@ def ranks(runs: "Sequence[Arm]", metric: str | None, which: "Which | None") -> R
         "Seeds of one task are no tasks of their own: for other tasks the tests promise too much.",
         _epoch_note(comparison),
         *([f"Left out: {told}."] if told else []),
+        *([f"Left out, as fewer than half of the methods have them: {_blocks_told(rare)}."] if rare else []),
         *(["A run without a number ranks last."] if not np.isfinite(worths).all() else []),
     ]
     return Ranks(
@@ -403,11 +442,21 @@ def learning(runs: "Sequence[Arm]", reference: str, metric: str | None) -> Learn
             )
         )
     failed = any(course.failed.any() for task in tasks for course in task.courses[0])
+    differ = any(
+        len({task.epochs(number) for number, course in enumerate(task.courses[1]) if course.x.size}) > 1
+        for task in tasks
+    )
     levels = any(level is not None for task in tasks for level in task.levels)
     notes = [
         "Thin: single runs; thick: their mean, which ends where one of them has no number; grey: mean of "
         f"{reference}. Losses are shown as logged.",
         *(["Orange: failed runs."] if failed else []),
+        *(
+            ["Axes hold the runs that did not fail; failed ones, and means with them, go beyond."]
+            if any(task.is_cut for task in tasks)
+            else []
+        ),
+        *(["Horizontal axes end where the runs of each method do."] if differ else []),
         *(["Dotted: what the labels of the training examples alone give."] if levels else []),
         *_common(list(groups)),
     ]
@@ -422,7 +471,7 @@ def costs(runs: "Sequence[Arm]", reference: str) -> Costs:
         ValueError: If they cannot be compared.
     """
     given = _arms(runs, "run_costs")
-    _, groups = _compared(given, reference, None, "last")
+    _, groups = _compared(given, reference, "loss", "last")  # which all have; the costs are the same by any metric
     panels, seconds = [], []
     for rows, title in zip(groups.values(), _titles(list(groups)), strict=True):
         panels.append(
@@ -517,7 +566,7 @@ def _box_row(arm: "Arm", metric: str, which: "Which") -> BoxRow:
     finite = {seed: value for seed, value in arm.values(metric, which).items() if math.isfinite(value)}
     seeds, values = tuple(sorted(finite)), np.array([finite[seed] for seed in sorted(finite)], dtype=np.float64)
     trained = {run.seed for run in arm.runs} | set(arm.crashed)
-    failures = set(arm.failures) | {run.seed for run in arm.runs if run.evaluations and run.seed not in finite}
+    failures = set(arm.failures(which)) | {run.seed for run in arm.runs if run.evaluations and run.seed not in finite}
     failed = np.array([seed in failures for seed in seeds], dtype=bool)
     if not seeds:
         none = math.nan
@@ -547,6 +596,10 @@ def _reach(std: float | None, count: int) -> float:
 
 def _blocks(arm: "Arm") -> "set[tuple[Group, int]]":
     return {(arm.group, seed) for seed in [*(run.seed for run in arm.runs), *arm.crashed]}
+
+
+def _blocks_told(counts: "Mapping[Group, int]") -> str:
+    return "; ".join(f"{count} block{'s' * (count > 1)} on {group}" for group, count in counts.items())
 
 
 def _worth(
@@ -585,6 +638,6 @@ def _course(arm: "Arm", by_epoch: Sequence[Mapping[float, float]]) -> Course:
     seeds = np.array([[one.get(epoch, math.nan) for epoch in x] for one in by_epoch], dtype=np.float64)
     seeds = seeds.reshape(len(by_epoch), len(x))
     seeds[~np.isfinite(seeds)] = math.nan
-    failed = np.array([run.seed in arm.failures for run in arm.runs], dtype=bool)
+    failed = np.array([run.seed in arm.failures() for run in arm.runs], dtype=bool)
     mean = np.array([statistics.fmean(column) for column in seeds.T], dtype=np.float64)
     return Course(np.array(x, dtype=np.float64), seeds, failed, mean)
