@@ -286,6 +286,7 @@ def _in_processes(runs: Sequence[SweepRun], call: _Call, processes: int) -> Gene
                     outcome = pipe.recv()
                 except (EOFError, ConnectionResetError):
                     pipe.close()
+                    workers[pipe].join()  # its lock ends a moment after its pipe
                     if run is not None and run.folder in killed:
                         yield _killed_twice(run, call)
                     elif run is not None:
