@@ -3,7 +3,7 @@
     python scripts/submit_sweep.py sweep.yaml OUT --parts 8 --slurm partition=gpu gpus_per_node=1
 
 Submitting it again goes on with what is not done, as ``slurm_array.sbatch`` does; this one needs no file of directives,
-and ``--cluster local`` runs the parts side by side on this machine. It takes ``pip install fisherscope[submitit]``.
+and ``--cluster local`` runs the parts side by side on this machine. It takes ``pip install '.[submitit]'``.
 """
 
 import argparse

@@ -344,6 +344,11 @@ class TestBaselines:
         assert is_constant(steps) and pearson(steps, np.arange(6.0)) == 0
         assert not is_constant(np.array([1.0, np.inf])) and not is_constant(np.array([0.0, 1e-3]))
 
+    def test_predictions_of_small_numbers_are_no_constant(self):
+        labels = np.arange(1.0, 6.0) * 1e-9
+        assert pearson(labels, labels) == pytest.approx(1) and not is_constant(labels)
+        assert is_constant(np.zeros(3)) and is_constant(np.zeros(3, dtype=np.int64))
+
     def test_the_loss_is_that_of_the_shares(self):
         expected = -(2 * math.log(0.25) + 3 * math.log(0.75)) / 5
         assert baselines(self.train, self.report, 2)["loss"] == pytest.approx(expected)
