@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 """How near the sum of squared per-example products comes to the rate of one matrix product of the same operations.
 
-The product that training forms anyway, left^T right over all rows, against the kernel (its fastest tile) and the
-products in chunks, for layers of BERT-base and GPT-2. The candidates take turns, so that their ratios hold when the
-machine's speed drifts. On a CPU only tiny shapes are timed, without the kernel: that shows that the script works.
+The product that training forms anyway, left^T right over all rows, against the kernel (on CUDA its fastest tile) and
+the products in chunks, for layers of BERT-base and GPT-2. The candidates take turns, so that their ratios hold when the
+machine's speed drifts.
 
     python benchmarks/kernels.py --device cuda --out benchmarks/results
 """
 
 import argparse
 import functools
+import itertools
 import json
-import platform
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -19,12 +20,14 @@ from pathlib import Path
 
 import torch
 
+from fisherscope._machine import device_name
+from fisherscope.fisher import compiled
 from fisherscope.fisher.kernels import TILES, accumulate_chunked, accumulate_fused
 
-LAYERS = {"cuda": [(768, 768), (3072, 768), (30522, 768)], "cpu": [(96, 96), (384, 96)]}
-EXAMPLES = {"cuda": (32, 128), "cpu": (4, 16)}
+LAYERS = [(768, 768), (3072, 768), (30522, 768)]
+EXAMPLES = {"cuda": [(32, 128)], "cpu": [(8, 128), (32, 16)]}  # and the rows of each
 KINDS = {
-    "fp32 ieee": (torch.float32, "highest"),
+    "fp32": (torch.float32, "highest"),
     "tf32": (torch.float32, "high"),
     "bf16": (torch.bfloat16, "highest"),
 }
@@ -46,6 +49,8 @@ def candidates(
         "GEMM": lambda: torch.mm(left.T, right, out=product),
         "chunks": lambda: accumulate_chunked(score, left, right, offsets),
     }
+    if compiled.fits(score, left, right) and compiled.kernel():
+        runs["kernel"] = lambda: compiled.accumulate_compiled(score, left, right, offsets)
     for tile in TILES if device == "cuda" else ():
         run = functools.partial(accumulate_fused, score, left, right, offsets, tile=tile)
         try:
@@ -79,7 +84,7 @@ def measured(runs: dict[str, Run], operations: int, device: str, rounds: int) ->
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
-            elapsed = milliseconds(run, device, repeats=10)
+            elapsed = milliseconds(run, device, repeats=10 if device == "cuda" else 1)
             if number:  # the first round warms up
                 times[name].append(elapsed)
     medians = {name: statistics.median(values) for name, values in times.items()}
@@ -94,33 +99,28 @@ def measured(runs: dict[str, Run], operations: int, device: str, rounds: int) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=sorted(LAYERS), default="cpu")
+    parser.add_argument("--device", choices=sorted(EXAMPLES), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.manual_seed(0)
-    examples, length = EXAMPLES[args.device]
+    kinds = KINDS if args.device == "cuda" else {"fp32": KINDS["fp32"]}
     results: dict[str, dict[str, dict[str, float]]] = {}
-    print(f"{'':24}{'':40}{'ms':>10}{'TFLOP/s':>10}{'of GEMM':>10}")
-    for kind, (dtype, precision) in KINDS.items():
+    print(f"{'':32}{'':40}{'ms':>10}{'TFLOP/s':>10}{'of GEMM':>10}")
+    for (kind, (dtype, precision)), (examples, length) in itertools.product(kinds.items(), EXAMPLES[args.device]):
         torch.set_float32_matmul_precision(precision)
-        for outputs, inputs in LAYERS[args.device]:
-            case = f"{kind}, {outputs}x{inputs}"
+        for outputs, inputs in LAYERS:
+            case = f"{kind}, {outputs}x{inputs}, {examples} of {length}"
             runs = candidates(outputs, inputs, examples, length, dtype, args.device)
             operations = 2 * examples * length * outputs * inputs
             results[case] = measured(runs, operations, args.device, args.rounds)
             for name, row in results[case].items():
-                figures = f"{row['ms']:10.3f}{row['TFLOP/s']:10.2f}{row['share of GEMM']:10.0%}"
-                print(f"{case:24}{name:40}{figures}", flush=True)
-    device = (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"{platform.machine()}, {torch.get_num_threads()} threads"
-    )
+                figures = f"{row['ms']:10.3f}{row['TFLOP/s']:10.3f}{row['share of GEMM']:10.0%}"
+                print(f"{case:32}{name:40}{figures}", flush=True)
+    device = device_name(args.device) + (f", {torch.get_num_threads()} threads" if args.device == "cpu" else "")
     facts = {"device": device, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "rounds": args.rounds}
-    facts |= {"examples": examples, "rows of an example": length}
     args.out.mkdir(parents=True, exist_ok=True)
-    slug = "".join(c if c.isalnum() else "-" for c in device.lower())
+    slug = re.sub("[^a-z0-9]+", "-", device.lower())
     out = args.out / f"kernels-{slug}-{facts['date']}.json"
     out.write_text(json.dumps({**facts, "results": results}, indent=1) + "\n")
     print(out)

@@ -49,6 +49,19 @@ def test_the_fisher_benchmark_measures_goes_on_and_knows_who_is_right(tmp_path: 
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_products_has_a_rate_for_each_way(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/kernels.py", "--rounds", "1", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (written,) = tmp_path.glob("kernels-*.json")
+    results = json.loads(written.read_text())["results"]
+    assert len(results) == 6
+    for rows in results.values():
+        assert {"GEMM", "chunks"} <= rows.keys() and rows["GEMM"]["share of GEMM"] == 1.0
+        assert all(row["ms"] > 0 for row in rows.values())
+
+
+@pytest.mark.slow
 def test_the_landscape_benchmark_measures_points_and_what_is_kept(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/landscape.py", "--quick", "--out", str(tmp_path / "out.json")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

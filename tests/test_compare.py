@@ -501,6 +501,12 @@ class TestNumbers:
         assert row_of(comparison, "other").summary == summarize({0: 0.5, 1: 0.1, 2: 0.6}, {1})
         assert any(re.match("Failed: other on sums, .*, seed 1: one prediction", note) for note in comparison.notes)
 
+    def test_seeds_that_failed_alike_are_named_together(self, two):
+        runs = [training(seed, 0.1, constant=seed != 1) for seed in range(3)]
+        save(two / "other", "other", runs=runs)
+        (note,) = (note for note in compare_methods(read_runs(two)).notes if note.startswith("Failed: other"))
+        assert re.match("Failed: other on sums, .*, seeds 0, 2: one prediction", note)
+
     def test_crashed_trainings_are_counted_and_named(self, two):
         save(two / "sweep" / "other" / "seed-0", "other", {0: 0.5})
         save_failure(two / "sweep" / "other" / "seed-3")

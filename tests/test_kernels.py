@@ -312,7 +312,9 @@ def test_a_gpu_without_the_kernel_is_told_once(
 def test_work_is_timed_once_for_its_kind(
     timed: dict[Tile | None, float | Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_choice_matters", lambda score, left: True)
+    monkeypatch.setattr(kernels, "_choice_matters", lambda left: True)
+    monkeypatch.setattr(kernels, "_SMALL_WORK", {})
+    monkeypatch.setattr(kernels.compiled, "fits", lambda *given: False)
     timed[None] = 1.0
     given = problem(ODD)
     scores = [after(accumulate_products, given) for _ in range(2)]

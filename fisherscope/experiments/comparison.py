@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -346,8 +347,10 @@ def _notes(rows: Sequence[Row], groups: Mapping[Group, Sequence[Arm]], reference
     notes += dict.fromkeys(text for text in described if text)
     for arms in groups.values():
         for arm in arms:
-            failures = arm.failures(which)
-            notes += [f"Failed: {arm.method} on {arm.group}, seed {seed}: {why}." for seed, why in failures.items()]
+            seeds_of: defaultdict[str, list[int]] = defaultdict(list)
+            for seed, why in arm.failures(which).items():
+                seeds_of[why].append(seed)
+            notes += [f"Failed: {arm.method} on {arm.group}, {_seeds(of)}: {why}." for why, of in seeds_of.items()]
     return notes
 
 

@@ -1,10 +1,10 @@
 r"""Sums over examples of squared matrix products: :math:`S \mathrel{+}= \sum_n (L_n^\top R_n)^2`, entry by entry.
 
 The gradient of a weight is such a product for every example, and its score the sum of their squares. Forming the
-products of all examples at once takes B x O x I numbers; two ways around it are here. :func:`accumulate_chunked` forms
-them in a small buffer, on any device. :func:`accumulate_fused`, a Triton kernel for GPUs, never writes them: one
-program owns one tile of the score, forms the tile of every example's product in registers, squares and adds it there,
-and touches the score once. :func:`accumulate_products` takes whichever is faster.
+products of all examples at once takes B x O x I numbers. :func:`accumulate_chunked` forms them in a small buffer, on
+any device. Two kernels never write them: tile of the score by tile, they form that of every example's product in
+registers, square and add it there, and touch the score once. :func:`accumulate_fused` is one for GPUs, in Triton,
+:func:`~.compiled.accumulate_compiled` one for CPUs, in C. :func:`accumulate_products` takes what is fastest.
 
 Triton is imported when a kernel is first built, so everything else works without it.
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .._typing import Float, Int
+from . import compiled
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ TILES = (Tile(128, 128, 8, 5), Tile(64, 128, 4, 5), Tile(128, 64, 4, 5), Tile(64
 
 _ALIGNMENT = 16  # what Triton must know of widths, strides and addresses to copy 16 bytes at a time
 _TILE_ROWS_IN_A_GROUP = 8  # neighbouring programs share their rows of left or right in the L2 cache
-_SMALL_WORK = 2**26  # operations: below it all candidates only wait to be launched
+_SMALL_WORK = {"cpu": 2**22, "cuda": 2**26}  # operations: below it what is called matters less than the call
 _SCRATCH_BYTES = {"cpu": 2**22, "other": 2**26}  # a few rows of a score stay in the cache
 
 
@@ -63,8 +64,9 @@ def accumulate_products(
     float32 inputs are multiplied as ``torch.set_float32_matmul_precision`` says: ``"highest"`` in float32, ``"high"``
     in TF32, ``"medium"`` in bfloat16; half-precision inputs stay what they are. Sums are float32 (float64 for float64).
 
-    On CUDA all candidates are timed once, on scratch, for every kind of work: shape, dtype, precision, and M and N to
-    the next power of two. Under ``torch.use_deterministic_algorithms(True)`` nothing depends on timing.
+    On a CPU float32 goes to the compiled kernel, if there is one and the work is not tiny. On CUDA all candidates are
+    timed once, on scratch, for every kind of work: shape, dtype, precision, and M and N to the next power of two. Under
+    ``torch.use_deterministic_algorithms(True)`` nothing depends on timing.
 
     Args:
         score: Sum of squares so far; any strides.
@@ -112,7 +114,11 @@ _CHOICES: dict[tuple[object, ...], Accumulate] = {}
 
 
 def _fastest(score: Tensor, left: Tensor, right: Tensor, offsets: Tensor) -> Accumulate:
-    if not _choice_matters(score, left):
+    if 2 * len(left) * score.numel() < _SMALL_WORK.get(left.device.type, 0):
+        return accumulate_chunked
+    if compiled.fits(score, left, right):
+        return compiled.accumulate_compiled if compiled.kernel() else accumulate_chunked
+    if not _choice_matters(left):
         return accumulate_chunked
     sizes = (*score.shape, len(left).bit_length(), len(offsets).bit_length())
     kind = (left.device, left.dtype, right.dtype, _precision(), *sizes)
@@ -121,9 +127,9 @@ def _fastest(score: Tensor, left: Tensor, right: Tensor, offsets: Tensor) -> Acc
     return _CHOICES[kind]
 
 
-def _choice_matters(score: Tensor, left: Tensor) -> bool:
+def _choice_matters(left: Tensor) -> bool:
     fixed = not left.is_cuda or torch.are_deterministic_algorithms_enabled()
-    return not fixed and 2 * len(left) * score.numel() >= _SMALL_WORK and importlib.util.find_spec("triton") is not None
+    return not fixed and importlib.util.find_spec("triton") is not None
 
 
 def _timed_choice(score: Tensor, left: Tensor, right: Tensor, offsets: Tensor) -> Accumulate:
