@@ -205,7 +205,8 @@ def check_header(path: Path, format_name: str, found: object, version: object) -
         WrongFile: If either differs.
     """
     if found != format_name:
-        raise WrongFile(f"{path} should be a {format_name} file, but it says {found!r}; give the file that was meant.")
+        says = "says no format" if found is None else f"says {found!r}"
+        raise WrongFile(f"{path} should be a {format_name} file, but it {says}; give the file that was meant.")
     if version != FORMAT_VERSION:
         raise WrongFile(
             f"{path} has format version {version}, but this fisherscope reads version {FORMAT_VERSION}; "

@@ -355,7 +355,11 @@ def test_commands_on_bad_files(folder: Path, tmp_path: Path, capsys: pytest.Capt
         file.attrs["format_version"] = 9
     edited(later / "mask.safetensors", format_version=9)
     scan_it = ["landscape", "--model", folder / "model", "--data", folder / "text.txt", "--device", "cpu", "--mask"]
-    for place, found in ((cut, "cut short|damaged"), (foreign, "but it says None|not a file of"), (later, "version 9")):
+    for place, found in (
+        (cut, "cut short|damaged"),
+        (foreign, "says no format|not a file of"),
+        (later, "version 9"),
+    ):
         alternatives = found.split("|")
         for out, words in (
             ("m.safetensors", ["mask", place / "scores.h5", "--fraction", "0.5"]),

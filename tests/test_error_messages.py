@@ -122,7 +122,7 @@ def test_file_of_another_program(noun: tuple):
     load, form, path = noun
     with h5py.File(path, "w") as file:
         file["x"] = 1
-    sentence = f"{path} should be a {form} file, but it says None; give the file that was meant."
+    sentence = f"{path} should be a {form} file, but it says no format; give the file that was meant."
     refused(storage.WrongFile, sentence, load, path)
 
 
@@ -359,7 +359,7 @@ def test_files_that_are_no_mask(tmp_path: Path):
     path.write_bytes(b"abc")
     refused(storage.WrongFile, f"{path} is not a safetensors file or was cut short; make it again.", Mask.load, path)
     save_file({"a": torch.ones(2, dtype=torch.bool)}, path)
-    sentence = f"{path} should be a fisherscope.mask file, but it says None; give the file that was meant."
+    sentence = f"{path} should be a fisherscope.mask file, but it says no format; give the file that was meant."
     refused(storage.WrongFile, sentence, Mask.load, path)
 
 

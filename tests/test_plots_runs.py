@@ -156,6 +156,13 @@ def test_sizes_are_means_with_t_intervals():
     np.testing.assert_allclose(line.high, [high] * 3)
 
 
+def test_an_arm_of_one_size_is_left_out_and_named():
+    shown = sizes([*by_sizes(), arm("once", size=300)], "vanilla", None, "last")
+    assert shown.names == ("vanilla", "a", "b")
+    assert "Without once: one size only." in shown.notes
+    assert all("Without" not in note for note in sizes(by_sizes(), "vanilla", None, "last").notes)
+
+
 def test_one_seed_has_no_interval():
     given = [arm(values=[0.5], size=100), arm(values=[0.6], size=200)]
     assert np.isnan(sizes(given, "vanilla", None, None).panels[0].lines[0].low).all()
@@ -345,17 +352,17 @@ def test_times_of_other_devices_are_not_compared():
         (lambda out: plots.run_boxes(three(), "a.jpg"), ValueError,
          "A figure ends in one of .pdf .png .svg .html, got 'a.jpg'; rename the output."),
         (lambda out: plots.run_sizes(three(), out), ValueError,
-         "run_sizes needs runs of at least two training sizes of one task, got 300 training examples; run the others, "
-         "or draw these as boxes."),
+         "A figure of sizes needs runs of at least two training sizes of one task, got 300 training examples; run the "
+         "others, or draw these as boxes."),
         (lambda out: plots.run_sizes([arm(size=100), arm(size=0.5)], out), ValueError,
-         "run_sizes needs training sizes of one kind, got numbers of examples and shares of all (0.5, 100); draw them "
-         "in separate figures."),
+         "A figure of sizes needs training sizes of one kind, got numbers of examples and shares of all (0.5, 100); draw "
+         "them in separate figures."),
         (lambda out: plots.run_sizes(by_many(STYLES + 1), out), ValueError,
-         "run_sizes needs at most 210 methods, as it has so many kinds of lines, got 211; leave folders out, or draw "
-         "these as boxes."),
+         "A figure of sizes needs at most 210 methods, as it has so many kinds of lines, got 211; leave folders out, or "
+         "draw these as boxes."),
         (lambda out: plots.run_ranks([arm(), arm("b")], out), ValueError,
-         "run_ranks needs at least three methods that all have the same blocks (seeds of tasks), two or more, got 2 "
-         "with 5; run what is missing, or leave folders out."),
+         "A figure of ranks needs at least three methods that all have the same blocks (seeds of tasks), two or more, "
+         "got methods: 2, blocks: 5; run what is missing, or leave folders out."),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("unchecked")

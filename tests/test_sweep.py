@@ -131,6 +131,10 @@ class TestFile:
         ("contents", "match"),
         [
             ({"methods": ["vanilla"]}, r"sweep\.yaml: there is no key 'methods'; did you mean 'method'"),
+            (
+                {"method": {"strong": {"method": "r-drop", "weight": 5}}},
+                r"the arm strong must have settings of its method as 'settings: \{'weight': 5\}'; move them there\.",
+            ),
             ({"epoch": 3}, "no key 'epoch'; did you mean 'epochs'"),
             ({"xyzzy": 3}, "no key 'xyzzy'; known are model, task"),
             ({"out": "x"}, "out is set by the sweep itself"),

@@ -21,7 +21,7 @@ COMMANDS = {
     "finetune": "fine-tuning with a regularizer, for several seeds",
     "sweep": "many runs of fine-tuning that one file names",
     "compare": "methods of fine-tuning side by side, with tests over seeds",
-    "plot": "figures from scores and landscapes",
+    "plot": "figures from scores, masks, landscapes and runs",
     "info": "what a file holds and how it was made",
     "check": "whether the fast engine is exact on a model, and batching and padding are harmless",
     "plan": "the memory that a Fisher run takes, from a model's configuration alone",

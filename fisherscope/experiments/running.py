@@ -214,7 +214,7 @@ def _train(run: SweepRun, folder: Path) -> Results:
 
 
 def _told(results: Results) -> str:
-    values = [f"{results.metric} {value:.4f}" for value in results.values().values()]
+    values = [f"{results.metric} {value:.4f} after the last epoch" for value in results.values().values()]
     return ", ".join([*(run.status for run in results.runs if run.status != "finished"), *values]) or "not measured"
 
 

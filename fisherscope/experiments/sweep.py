@@ -231,6 +231,9 @@ def _arms(methods: Any) -> dict[str, dict[str, Any]]:
 def _checked(arm: str, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments of an arm, if they can be."""
     known = {**KEYWORDS, "method": str}
+    if misplaced := [key for key in arguments if key not in known and key in _settings_of(arguments["method"])]:
+        value = {key: arguments[key] for key in misplaced}
+        raise ValueError(f"the arm {arm} must have settings of its method as 'settings: {value}'; move them there.")
     _check_keys(arguments, list(known))
     for key, value in arguments.items():
         if not _accepts(known[key], value):
@@ -254,6 +257,10 @@ def _checked(arm: str, arguments: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"in the arm {arm}: {error}") from error
     return arguments
+
+
+def _settings_of(method: Any) -> set[str]:
+    return {key for name in str(method).split("+") if name in METHODS for key in METHODS[name].settings()}
 
 
 def _check_values(method: str, settings: Mapping[str, Any]) -> None:

@@ -212,7 +212,7 @@ def _floor(smallest: Sequence[float]) -> str:
     """Where the p of the sign-flip test ends, from the arm with the most seeds to that with the fewest."""
     if max(smallest) <= 1e-3:
         return ""
-    return f", at least {' to '.join(dict.fromkeys(map(_p, (min(smallest), max(smallest)))))}"
+    return f", at least {' to '.join(dict.fromkeys(f'{p:.4g}' for p in (min(smallest), max(smallest))))}"
 
 
 def _number(value: float | None) -> str:

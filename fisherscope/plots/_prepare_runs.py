@@ -275,7 +275,7 @@ def sizes(runs: "Sequence[Arm]", reference: str, metric: str | None, which: "Whi
     are_shares = {size < 1 for size in found}
     if len(are_shares) > 1:
         raise ValueError(
-            "run_sizes needs training sizes of one kind, got numbers of examples and shares of all "
+            "A figure of sizes needs training sizes of one kind, got numbers of examples and shares of all "
             f"({', '.join(f'{size:g}' for size in sorted(found))}); draw them in separate figures."
         )
     notes = [
@@ -295,14 +295,19 @@ def sizes(runs: "Sequence[Arm]", reference: str, metric: str | None, which: "Whi
     if max(map(len, by_task.values()), default=0) < 2:
         shown = ", ".join(dict.fromkeys(group.size for group in groups))
         raise ValueError(
-            f"run_sizes needs runs of at least two training sizes of one task, got {shown}; run the others, or draw "
-            "these as boxes."
+            f"A figure of sizes needs runs of at least two training sizes of one task, got {shown}; run the others, or "
+            "draw these as boxes."
         )
-    names = _names(groups, reference)
+    everyone = _names(groups, reference)
+    placed = {(row.arm, group.train_size) for group, rows in groups.items() if group.train_size in x_of for row in rows}
+    number = Counter(name for name, _ in placed)
+    names = tuple(name for name in everyone if name == reference or number[name] > 1)
+    if len(names) < len(everyone):
+        notes.append(f"Without {', '.join(name for name in everyone if name not in names)}: one size only.")
     if len(names) > STYLES:
         raise ValueError(
-            f"run_sizes needs at most {STYLES} methods, as it has so many kinds of lines, got {len(names)}; leave "
-            "folders out, or draw these as boxes."
+            f"A figure of sizes needs at most {STYLES} methods, as it has so many kinds of lines, got {len(names)}; "
+            "leave folders out, or draw these as boxes."
         )
     models = {model for model, _ in by_task}
     panels = []
@@ -354,9 +359,9 @@ def ranks(runs: "Sequence[Arm]", metric: str | None, which: "Which | None") -> R
     told = ", ".join(f"{name} ({count} of {len(blocks)} blocks missing)" for name, count in lacking.items())
     if len(names) < 3 or len(blocks) < 2:
         raise ValueError(
-            "run_ranks needs at least three methods that all have the same blocks (seeds of tasks), two or more, got "
-            f"{len(names)} with {len(blocks)}{f', without {told}' if told else ''}; run what is missing, or leave "
-            "folders out."
+            "A figure of ranks needs at least three methods that all have the same blocks (seeds of tasks), two or "
+            f"more, got methods: {len(names)}, blocks: {len(blocks)}{f', without {told}' if told else ''}; run what is "
+            "missing, or leave folders out."
         )
     rare = Counter(group for group, _ in sorted(everywhere - usual, key=lambda block: block[0].order))
     counted = {group for group, _ in blocks}
