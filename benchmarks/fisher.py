@@ -35,7 +35,6 @@ from fisher_report import markdown
 
 from fisherscope import estimate_fisher
 from fisherscope._machine import device_name
-from fisherscope.cli import keep_freed_memory
 from fisherscope.models import measuring
 
 CASES = {
@@ -57,7 +56,6 @@ SHORTEST_CUDA_SECONDS = 0.2  # of what is timed at once, against the jitter of t
 
 def main() -> None:
     args = arguments()
-    keep_freed_memory()  # as the commands do, for every candidate
     warnings.simplefilter("ignore")  # of the peers, about their own insides
     transformers.logging.set_verbosity_error()
     torch.set_float32_matmul_precision("high" if args.precision == "tf32" else "highest")

@@ -49,7 +49,7 @@ def candidates(
         "GEMM": lambda: torch.mm(left.T, right, out=product),
         "chunks": lambda: accumulate_chunked(score, left, right, offsets),
     }
-    if compiled.fits(score, left, right) and compiled.kernel():
+    if compiled.can_take(score, left, right) and compiled.kernel():
         runs["kernel"] = lambda: compiled.accumulate_compiled(score, left, right, offsets)
     for tile in TILES if device == "cuda" else ():
         run = functools.partial(accumulate_fused, score, left, right, offsets, tile=tile)

@@ -1,7 +1,6 @@
 """The machine under a run: its name, and the most memory that something took of it."""
 
 import contextlib
-import ctypes
 import platform
 import re
 import resource
@@ -26,8 +25,6 @@ def forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif sys.platform == "linux":
-        with contextlib.suppress(AttributeError):  # not in every C library
-            ctypes.CDLL(None).malloc_trim(0)  # what is free, but kept, would count
         with contextlib.suppress(OSError):  # not in every container
             Path("/proc/self/clear_refs").write_text("5")
 

@@ -1,7 +1,11 @@
 """The kernel for CPUs against one product per example, and the engine on top of it against the loop."""
 
+import configparser
 import functools
+import logging
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -70,15 +74,44 @@ def test_kernel_for_processors_with_shorter_vectors(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("rebuilt")
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "cc -mno-avx2 -mno-avx512f", "false"])
-def test_without_a_kernel_products_are_formed_in_chunks(compiler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "cc -mno-avx2 -mno-avx512f", "false", "cc 'not closed"])
+def test_without_a_kernel_products_are_formed_in_chunks(
+    compiler: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("CC", compiler)
     monkeypatch.setattr(kernels, "_SMALL_WORK", {})
-    assert compiled.kernel() is None
+    with caplog.at_level(logging.INFO):
+        assert compiled.kernel() is compiled.kernel() is None
+    assert len(caplog.messages) == 1 and "a C compiler" in caplog.messages[0]
     assert_right(after(accumulate_products, single(ODD)), expected(*single(ODD)))
     message = r"^The kernel for CPUs needs AVX2 or AVX-512 and a C compiler: the command in CC, or else cc\.$"
     with pytest.raises(RuntimeError, match=message):
         accumulate_compiled(*single(ODD))
+
+
+@pytest.mark.usefixtures("rebuilt")
+def test_without_a_folder_to_build_in_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
+    assert compiled.kernel() is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("offsets", [[0, 30, 62], [-1, 30, 61], [0, 40, 30, 61]])
+def test_offsets_that_leave_the_rows_are_refused(offsets: list[int]) -> None:
+    score, left, right, _ = single(ODD)
+    before = score.clone()
+    with pytest.raises(ValueError, match=r"^Offsets must go up from 0 to 61 rows at most, got \["):
+        accumulate_compiled(score, left, right, torch.tensor(offsets))
+    assert (score == before).all()
+
+
+@needs_compiler
+def test_callers_in_several_threads_do_not_mix() -> None:
+    given = [single(shape) for shape in SHAPES if sum(SHAPES[shape][2])] * 4
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(functools.partial(after, accumulate_compiled), given))
+    for score, one in zip(found, given, strict=True):
+        assert_right(score, expected(*one))
 
 
 @needs_compiler
@@ -124,5 +157,8 @@ def test_scores_by_the_kernel_are_those_of_the_loop(name: str, monkeypatch: pyte
 
 
 def test_the_source_of_the_kernel_is_installed_with_the_package() -> None:
-    setup = (Path(compiled.__file__).parents[2] / "setup.cfg").read_text()
-    assert "fisherscope.fisher = *.c" in setup
+    root = Path(compiled.__file__).parents[2]
+    setup = configparser.ConfigParser()
+    setup.read(root / "setup.cfg")
+    patterns = setup["options.package_data"]["fisherscope.fisher"].split(",")
+    assert any(compiled._SOURCE in compiled._SOURCE.parent.glob(pattern.strip()) for pattern in patterns)

@@ -314,7 +314,7 @@ def test_work_is_timed_once_for_its_kind(
 ) -> None:
     monkeypatch.setattr(kernels, "_choice_matters", lambda left: True)
     monkeypatch.setattr(kernels, "_SMALL_WORK", {})
-    monkeypatch.setattr(kernels.compiled, "fits", lambda *given: False)
+    monkeypatch.setattr(kernels.compiled, "can_take", lambda *given: False)
     timed[None] = 1.0
     given = problem(ODD)
     scores = [after(accumulate_products, given) for _ in range(2)]

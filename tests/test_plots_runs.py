@@ -355,11 +355,11 @@ def test_times_of_other_devices_are_not_compared():
          "A figure of sizes needs runs of at least two training sizes of one task, got 300 training examples; run the "
          "others, or draw these as boxes."),
         (lambda out: plots.run_sizes([arm(size=100), arm(size=0.5)], out), ValueError,
-         "A figure of sizes needs training sizes of one kind, got numbers of examples and shares of all (0.5, 100); draw "
-         "them in separate figures."),
+         "A figure of sizes needs training sizes of one kind, got numbers of examples and shares of all (0.5, 100); "
+         "draw them in separate figures."),
         (lambda out: plots.run_sizes(by_many(STYLES + 1), out), ValueError,
-         "A figure of sizes needs at most 210 methods, as it has so many kinds of lines, got 211; leave folders out, or "
-         "draw these as boxes."),
+         "A figure of sizes needs at most 210 methods, as it has so many kinds of lines, got 211; leave folders out, "
+         "or draw these as boxes."),
         (lambda out: plots.run_ranks([arm(), arm("b")], out), ValueError,
          "A figure of ranks needs at least three methods that all have the same blocks (seeds of tasks), two or more, "
          "got methods: 2, blocks: 5; run what is missing, or leave folders out."),

@@ -4,8 +4,6 @@ Nothing here imports torch before a command runs, so that ``fisherscope --help``
 """
 
 import argparse
-import contextlib
-import ctypes
 import importlib
 import itertools
 import sys
@@ -53,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parse(argv)
         _set_up_logging()
-        keep_freed_memory()
         status = args.run(args) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # as in `fisherscope info FILE | head`
@@ -73,17 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fisherscope: {' '.join(str(error).split())}{hint}", file=sys.stderr)
         return 1
     return status
-
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Names of mallopt, of its header."""
-
-
-def keep_freed_memory() -> None:
-    """Ask glibc to keep what a step frees for the next one; else each faults in anew what activations take."""
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-        for name in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-            ctypes.CDLL(None).mallopt(name, 2**30)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

@@ -6,8 +6,8 @@
 
    compiled.py builds this for the machine it runs on. */
 
+#include <omp.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 
 #if defined(__AVX512F__) /* of 32 registers 24 hold the tile */
@@ -18,13 +18,12 @@ enum { LANES = 8, VECTORS = 2, ROWS = 6 };
 #error "without wide vectors this is no faster than the matrix products of torch"
 #endif
 
-enum { COLUMNS = LANES * VECTORS, CACHE = 1 << 18, MOST_ROWS = 2048 };
+enum { COLUMNS = LANES * VECTORS, CACHE = 1 << 18, MOST_ROWS = 2048, MOST_PACKED = 1 << 22 };
 typedef float vector __attribute__((vector_size(4 * LANES)));
 
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 static int64_t tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
-static float *room(int64_t numbers) { return aligned_alloc(64, tiles(numbers * sizeof(float), 64) * 64); }
 
 /* One tile's columns of a matrix, row after row; columns that it does not have are 0. */
 static inline void pack(float *packed, const float *from, int64_t rows, int64_t stride, int64_t columns,
@@ -81,18 +80,31 @@ static void add_tiles(const problem *p, const float *lefts, const float *rights,
         }
 }
 
-/* Some examples; 0, or 1 if there is no memory to pack their rows in. */
-static int add_examples(const problem *p, const int64_t *offsets, int64_t examples, int threads) {
+/* How many of the examples are done at once, from the first: so many rows that right's stay in the cache, or one. */
+static int64_t group(const int64_t *offsets, int64_t examples, int64_t inputs) {
+    int64_t count = 1, rows = least(MOST_ROWS, MOST_PACKED / inputs);
+    while (count < examples && offsets[count + 1] - offsets[0] <= rows) count++;
+    return count;
+}
+
+/* Tiles of left that are packed at once: few enough for the cache, and that the last thread is not far behind. */
+static int64_t height_of(int64_t rows, int64_t outputs, int threads) {
+    int64_t height = CACHE / (rows * ROWS * (int64_t)sizeof(float));
+    return most(least(height, tiles(outputs, ROWS) / (4 * threads)), 1);
+}
+
+static int64_t right_size(int64_t rows, int64_t inputs) { return tiles(inputs, COLUMNS) * COLUMNS * rows; }
+static int64_t left_size(int64_t rows, int64_t outputs, int threads) {
+    return tiles(height_of(rows, outputs, threads) * ROWS * rows, LANES) * LANES;
+}
+
+static void add_examples(const problem *p, const int64_t *offsets, int64_t examples, float *scratch, int threads) {
     int64_t rows = offsets[examples] - offsets[0], across = tiles(p->inputs, COLUMNS), down = tiles(p->outputs, ROWS);
-    int64_t height = most(CACHE / (rows * ROWS * (int64_t)sizeof(float)), 1);
-    height = least(height, tiles(down, 4 * threads)); /* so that the last thread is not far behind */
-    float *rights = room(across * COLUMNS * rows);
-    int failed = 0;
-    if (!rights) return 1;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
+    int64_t height = height_of(rows, p->outputs, threads), own = left_size(rows, p->outputs, threads);
+    float *rights = scratch, *lefts_of_all = scratch + right_size(rows, p->inputs);
+#pragma omp parallel num_threads(threads)
     {
-        float *lefts = room(height * ROWS * rows);
-        failed = !lefts;
+        float *lefts = lefts_of_all + omp_get_thread_num() * own;
 #pragma omp for
         for (int64_t j = 0; j < across; j++) {
             const float *from = p->right + offsets[0] * p->right_stride + j * COLUMNS;
@@ -100,26 +112,33 @@ static int add_examples(const problem *p, const int64_t *offsets, int64_t exampl
         }
 #pragma omp for schedule(dynamic)
         for (int64_t first = 0; first < down; first += height) {
-            int64_t last = failed ? first : least(first + height, down);
+            int64_t last = least(first + height, down);
             for (int64_t i = first; i < last; i++) {
                 const float *from = p->left + offsets[0] * p->left_stride + i * ROWS;
                 pack(lefts + (i - first) * ROWS * rows, from, rows, p->left_stride, p->outputs - i * ROWS, ROWS);
             }
             add_tiles(p, lefts, rights, offsets, examples, first, last);
         }
-        free(lefts);
     }
-    free(rights);
-    return failed;
 }
 
-int add_squared_products(float *score, int64_t score_stride, int64_t outputs, int64_t inputs, const float *left,
-                         int64_t left_stride, const float *right, int64_t right_stride, const int64_t *offsets,
-                         int64_t examples, int threads) {
-    problem p = {score, score_stride, outputs, inputs, left, right, left_stride, right_stride};
-    for (int64_t end, start = 0; start < examples; start = end) {
-        for (end = start + 1; end < examples && offsets[end + 1] - offsets[start] <= MOST_ROWS;) end++;
-        if (add_examples(&p, offsets + start, end - start, threads)) return 1;
+/* The numbers that add_squared_products needs as scratch, which begins on a cache line. */
+int64_t scratch_size(int64_t outputs, int64_t inputs, const int64_t *offsets, int64_t examples, int threads) {
+    int64_t size = 0;
+    for (int64_t count, start = 0; start < examples; start += count) {
+        count = group(offsets + start, examples - start, inputs);
+        int64_t rows = offsets[start + count] - offsets[start];
+        size = most(size, right_size(rows, inputs) + threads * left_size(rows, outputs, threads));
     }
-    return 0;
+    return size;
+}
+
+void add_squared_products(float *score, int64_t score_stride, int64_t outputs, int64_t inputs, const float *left,
+                          int64_t left_stride, const float *right, int64_t right_stride, const int64_t *offsets,
+                          int64_t examples, float *scratch, int threads) {
+    problem p = {score, score_stride, outputs, inputs, left, right, left_stride, right_stride};
+    for (int64_t count, start = 0; start < examples; start += count) {
+        count = group(offsets + start, examples - start, inputs);
+        add_examples(&p, offsets + start, count, scratch, threads);
+    }
 }

@@ -51,7 +51,7 @@ TILES = (Tile(128, 128, 8, 5), Tile(64, 128, 4, 5), Tile(128, 64, 4, 5), Tile(64
 
 _ALIGNMENT = 16  # what Triton must know of widths, strides and addresses to copy 16 bytes at a time
 _TILE_ROWS_IN_A_GROUP = 8  # neighbouring programs share their rows of left or right in the L2 cache
-_SMALL_WORK = {"cpu": 2**22, "cuda": 2**26}  # operations: below it what is called matters less than the call
+_SMALL_WORK = {"cpu": 2**22, "cuda": 2**26}  # operations: below it, calls and building matter more
 _SCRATCH_BYTES = {"cpu": 2**22, "other": 2**26}  # a few rows of a score stay in the cache
 
 
@@ -63,6 +63,7 @@ def accumulate_products(
 
     float32 inputs are multiplied as ``torch.set_float32_matmul_precision`` says: ``"highest"`` in float32, ``"high"``
     in TF32, ``"medium"`` in bfloat16; half-precision inputs stay what they are. Sums are float32 (float64 for float64).
+    The kernel for CPUs multiplies float32 in float32 whatever it says.
 
     On a CPU float32 goes to the compiled kernel, if there is one and the work is not tiny. On CUDA all candidates are
     timed once, on scratch, for every kind of work: shape, dtype, precision, and M and N to the next power of two. Under
@@ -116,7 +117,7 @@ _CHOICES: dict[tuple[object, ...], Accumulate] = {}
 def _fastest(score: Tensor, left: Tensor, right: Tensor, offsets: Tensor) -> Accumulate:
     if 2 * len(left) * score.numel() < _SMALL_WORK.get(left.device.type, 0):
         return accumulate_chunked
-    if compiled.fits(score, left, right):
+    if compiled.can_take(score, left, right):
         return compiled.accumulate_compiled if compiled.kernel() else accumulate_chunked
     if not _choice_matters(left):
         return accumulate_chunked
