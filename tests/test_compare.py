@@ -741,6 +741,12 @@ class TestTables:
         assert row_of(comparison, "vanilla").paired.excludes_zero
         assert "**" not in comparison.to_markdown()
 
+    def test_a_winner_that_always_failed_is_not_bold(self, two):
+        runs = [training(seed, value, constant=True) for seed, value in enumerate((0.9, 0.92, 0.94))]
+        save(two / "failed", "failed", runs=runs)
+        text = compare_methods(read_runs(two)).to_markdown()
+        assert "| failed | 3 | 0.920 ± 0.020 |" in text and "**" not in text
+
     def test_of_losses_the_lowest_is_bold(self, two):
         comparison = compare_methods(read_runs(two), metric="loss")
         assert re.search(r"\| better \| 5 \| \*\*0\.386", comparison.to_markdown())

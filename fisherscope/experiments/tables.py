@@ -149,7 +149,8 @@ def _explained(comparison: "Comparison") -> list[str]:
         *(["Holm's correction multiplies that by the number of these tests."] if holm else []),
         "Time is that of an optimizer step (median), memory the most of all trainings, on a CPU that of the whole "
         "process, the program itself included.",
-        f"Bold is the best mean, if all of the interval of its difference to {reference} is on the better side of 0.",
+        f"Bold is the best mean, if all of the interval of its difference to {reference} is on the better side of 0 and "
+        "not all of its trainings failed.",
     ]
 
 
@@ -203,6 +204,8 @@ def _best(rows: "Sequence[Row]") -> int | None:
         return None
     best = -max(known)[1]
     difference = rows[best].paired
+    if rows[best].summary.failed == rows[best].summary.runs:
+        return None
     if difference is None or difference.mean is None or not difference.excludes_zero:
         return None
     return best if sign * difference.mean > 0 else None
