@@ -149,8 +149,8 @@ def _explained(comparison: "Comparison") -> list[str]:
         *(["Holm's correction multiplies that by the number of these tests."] if holm else []),
         "Time is that of an optimizer step (median), memory the most of all trainings, on a CPU that of the whole "
         "process, the program itself included.",
-        f"Bold is the best mean, if all of the interval of its difference to {reference} is on the better side of 0 and "
-        "not all of its trainings failed.",
+        f"Bold is the best mean, if all of the interval of its difference to {reference} is on the better side of 0 "
+        "and not all of its trainings failed.",
     ]
 
 
@@ -197,7 +197,7 @@ def _columns(rows: "Sequence[Row]", comparison: "Comparison") -> "Mapping[str, C
 
 
 def _best(rows: "Sequence[Row]") -> int | None:
-    """The row with the best mean, if that is better than the reference's seed by seed, too."""
+    """The row with the best mean, if it is better than the reference's seed by seed, too, and not of failures only."""
     sign = -1 if rows[0].less_is_better else 1
     known = [(sign * row.summary.mean, -i) for i, row in enumerate(rows) if row.summary.mean is not None]
     if not known:
