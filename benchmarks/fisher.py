@@ -152,7 +152,7 @@ def measure_case(name: str, args: argparse.Namespace) -> dict[str, Any]:
 def timed(case: Case, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Seconds per candidate, or how its first run failed."""
     model, batch = case.model(args.device, args.quick), case.batch(args.device, args.quick)
-    rows: dict[str, dict[str, Any]] = {name: {} for name in candidates_for(case)}
+    rows: dict[str, dict[str, Any]] = {name: {} for name in candidates_for(case, args.device)}
     runs, sums = {}, zeros(model)
     for name, row in rows.items():
         try:

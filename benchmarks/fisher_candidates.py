@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 import transformers
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 
-from fisherscope.fisher import hooks_engine, loop_engine
+from fisherscope.fisher import compiled, hooks_engine, loop_engine
 from fisherscope.objectives import example_losses
 
 Batch = dict[str, Tensor]
@@ -127,6 +128,16 @@ def fisherscope(model: nn.Module, batch: Batch, objective: str, sums: Sums) -> R
     return lambda: add(batch, sums)
 
 
+def in_chunks(model: nn.Module, batch: Batch, objective: str, sums: Sums) -> Run:
+    add = hooks_engine(model, objective)
+
+    def run() -> None:
+        with mock.patch.object(compiled, "kernel", return_value=None):
+            add(batch, sums)
+
+    return run
+
+
 def loop(model: nn.Module, batch: Batch, objective: str, sums: Sums) -> Run:
     add = loop_engine(model, objective)
     return lambda: add(batch, sums)
@@ -200,6 +211,7 @@ CANDIDATES = {
         plain_scored_rows, scores=False, note="the same, only labelled positions reach the vocabulary"
     ),
     "fisherscope": Candidate(fisherscope),
+    "fisherscope, no compiler": Candidate(in_chunks, note="products by torch, in a block that stays in the cache"),
     "loop": Candidate(loop, note="one backward pass per example"),
     "vmap(grad)": Candidate(vmap_of_grad, note="eager attention, no padding mask: it fails otherwise"),
     "Opacus": Candidate(opacus, note="hooks, squared; position ids per example"),
@@ -207,9 +219,10 @@ CANDIDATES = {
 }
 
 
-def candidates_for(case: Case) -> list[str]:
+def candidates_for(case: Case, device: str) -> list[str]:
     """The candidates of a case; untying is for BERT, where Opacus fails otherwise."""
-    return [name for name in CANDIDATES if name != "Opacus, untied" or case.family == "bert"]
+    left_out = {"Opacus, untied": case.family != "bert", "fisherscope, no compiler": device != "cpu"}
+    return [name for name in CANDIDATES if not left_out.get(name)]
 
 
 def _inputs(model: nn.Module, batch: Batch, objective: str) -> tuple[Batch, Tensor]:
