@@ -150,9 +150,9 @@ def predict(model: nn.Module, batch: Batch, objective: str | LossFunction) -> Pr
 
 def num_scored(batch: Batch, objective: str | LossFunction) -> Int[Tensor, "examples"]:
     """Number of scored tokens of every example, without running a model; 1 where an example has one label."""
-    if callable(objective) or objective in ("regression", "question-answering"):
+    if callable(objective) or objective == "regression":
         return torch.ones(len(next(iter(batch.values()))), dtype=torch.long)
-    labels = _labels(batch, objective)
+    labels = _ends(batch) if objective == "question-answering" else _labels(batch, objective)
     labels = labels[:, 1:] if objective == "causal-lm" else labels
     return (labels != IGNORED).reshape(len(labels), -1).sum(1)
 
@@ -246,12 +246,21 @@ def _labelled(logits: Tensor, labels: Tensor, objective: str) -> Predictions:
     return Predictions("categorical", logits[:, None], labels[:, None])
 
 
-def _answer(model: nn.Module, batch: dict[str, Tensor]) -> Predictions:
-    ends = ("start_positions", "end_positions")
-    if not all(end in batch for end in ends):
-        raise ValueError(f"question-answering needs {' and '.join(ends)} in every batch, but it holds {sorted(batch)}.")
-    labels = torch.stack([batch.pop(end) for end in ends], 1)
-    output: Any = model(**batch)
+_ENDS = ("start_positions", "end_positions")
+
+
+def _ends(batch: Batch) -> Int[Tensor, "examples 2"]:
+    """The two labels of every question."""
+    if not all(end in batch for end in _ENDS):
+        raise ValueError(
+            f"question-answering needs {' and '.join(_ENDS)} in every batch, but it holds {sorted(batch)}."
+        )
+    return torch.stack([batch[end] for end in _ENDS], 1)
+
+
+def _answer(model: nn.Module, batch: Batch) -> Predictions:
+    labels = _ends(batch)
+    output: Any = model(**{name: value for name, value in batch.items() if name not in _ENDS})
     logits = [getattr(output, name, None) for name in ("start_logits", "end_logits")]
     if any(values is None or values.ndim != 2 for values in logits):
         raise ValueError(f"{type(model).__name__} returns no start_logits and end_logits; load a model for answers.")

@@ -6,11 +6,12 @@ from collections import Counter
 import pytest
 import reference
 import torch
+from architectures import ARCHITECTURES, HEADS_BY_NAME, entry
 from conftest import IGNORED, VOCABULARY, batched, built, case, untouched
 from reference import Objective
 from torch import Tensor, nn
 
-from fisherscope.objectives import ExampleLosses, example_losses, is_language_model, reference_losses
+from fisherscope.objectives import ExampleLosses, example_losses, is_language_model, num_scored, reference_losses
 
 FAMILIES = ("bert", "gpt2", "t5", "llama", "albert", "bert-classifier", "bert-regressor")
 
@@ -40,6 +41,14 @@ def test_losses_are_those_of_every_example_alone(name: str):
     torch.testing.assert_close(losses.total, torch.stack(wanted), rtol=1e-9, atol=0)
     assert losses.count.tolist() == counts
     torch.testing.assert_close(losses.mean, losses.total / torch.tensor(counts), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("head", HEADS_BY_NAME)
+def test_scored_labels_are_counted_alike_with_and_without_running_the_model(head: str):
+    made = entry(next(name for name, family in ARCHITECTURES.items() if head in family.heads), head)
+    (batch,) = batched(made.examples, 8)
+    losses = example_losses(made.model, batch, made.objective)
+    assert num_scored(batch, made.objective).tolist() == losses.count.tolist()
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
