@@ -23,6 +23,7 @@ from fisherscope import cli
 from fisherscope.cli import COMMANDS, main
 from fisherscope.cli.landscape import _names as names_of
 from fisherscope.comparison import compare
+from fisherscope.landscape import measures
 
 WORDS = [f"word{i}" for i in range(60)]
 
@@ -380,6 +381,24 @@ def test_killed_command_resumes_to_the_same_file(
             env=environment, check=True, capture_output=True,
         )  # fmt: skip
     assert _contents(out) == _contents(whole)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_measures_that_were_interrupted_are_made_up_for(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "curve.h5"
+    words = ["landscape", *flags, "--num-examples", "4", "--axes", "1", "--points", "3", "--measures", "--out", out]
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measures, "measure_model", interrupted)
+    assert run(*words) == 130
+    assert not out.exists()
+    monkeypatch.setattr(measures, "measure_model", lambda *_, **__: {"trace": 1.0})
+    assert run(*words, "--resume") == 0
+    assert {"trace", "basin"} <= fs.Landscape.load(out).measures.keys()
     assert not list(tmp_path.glob("*.part"))
 
 

@@ -142,11 +142,10 @@ def _scan(args: argparse.Namespace) -> None:
     )
     if not distributed.is_first():
         return
-    landscape.save(args.out)
     if args.measures or args.eigenvalue_ratio:
         moves = Moves(model, axes, space, mask, scores, **moving).along()
         landscape = _with_measures(args, landscape, moves, Curvature(model, batches, objective=objective, mask=mask))
-        landscape.save(args.out)
+    landscape.save(args.out)  # not before: what is there counts as complete
     part.unlink(missing_ok=True)
     print(f"{args.out}: {describe_landscape(landscape)}")
 
