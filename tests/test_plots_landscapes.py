@@ -17,7 +17,7 @@ from test_plots import axis, bowl, centre_colours, landscape, overflow, regions
 from fisherscope import plots
 from fisherscope.landscape import Axis, Landscape
 from fisherscope.landscape.surface import Geometry, Marker, Prediction, mean_of
-from fisherscope.plots import _matplotlib
+from fisherscope.plots import _matplotlib, _plotly
 from fisherscope.plots._prepare import Panels
 from fisherscope.plots._prepare_landscapes import marker_notes, panels
 
@@ -418,6 +418,18 @@ def test_another_model_on_a_line_is_marked_on_the_curve():
     assert np.allclose(np.asarray(mark.get_xydata()), [(0.75, (given.loss[3] + given.loss[4]) / 2)])
     assert "tuned" in {text.get_text() for text in figure.axes[0].texts}
     assert "(of the nearest point of the line)" in figure.texts[-1].get_text().replace("\n", " ")
+
+
+@pytest.mark.parametrize("plot", ["curves", "surface"])
+def test_other_models_are_drawn_at_the_height_of_what_is_shown(plot: str):
+    steps = (0.5,) if plot == "curves" else (0.5, 0.5)
+    given = bowl(points=(5,)) if plot == "curves" else bowl(points=(5, 5))
+    own = replace(given, markers=(Marker("tuned", steps, 0.0, 2.0, 3.0),), metrics={"accuracy": 0.1 * given.loss})
+    at = {"loss": 3.0, "accuracy": 0.1 * given.loss[(3,) * len(steps)]}
+    for metric, height in at.items():
+        figure = getattr(_plotly, plot)(shown(own, plot=plot, metric=metric))
+        (trace,) = [trace for trace in figure.data if trace.hoverinfo == "text"]
+        assert list(trace.y if plot == "curves" else trace.z) == pytest.approx([height])
 
 
 # Predicted points, slices, the cut

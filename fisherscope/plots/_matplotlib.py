@@ -58,7 +58,7 @@ from ._prepare import (
     decades,
     spread,
 )
-from ._prepare_landscapes import marker_notes
+from ._prepare_landscapes import interpolated, marker_notes
 
 __all__ = [
     "comparison",
@@ -391,15 +391,12 @@ def _mark_centre_3d(axes: Any, panel: Panel, scale: Scale) -> None:
 
 def _draw_path_3d(axes: Any, panel: Panel, scale: Scale) -> None:
     """The markers at the height of the surface, and on it their path."""
-    from scipy.interpolate import RegularGridInterpolator
-
     inside = _inside(panel)
     if not inside:
         return
-    height = RegularGridInterpolator(panel.steps, panel.losses)
 
     def drawn(places: Float[np.ndarray, "points 2"]) -> list[np.ndarray]:
-        heights = height(np.clip(places, [s[0] for s in panel.steps], [s[-1] for s in panel.steps]))
+        heights = interpolated(panel, np.clip(places, [s[0] for s in panel.steps], [s[-1] for s in panel.steps]))
         return [*places.T, np.where(heights <= scale.high, heights, np.nan)]
 
     places = np.array([marker.steps for marker in inside])

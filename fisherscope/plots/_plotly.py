@@ -27,7 +27,7 @@ from ._prepare import (
     decades,
     spread,
 )
-from ._prepare_landscapes import marker_notes
+from ._prepare_landscapes import LOSSES, interpolated, marker_notes
 
 __all__ = [
     "comparison",
@@ -63,7 +63,7 @@ def surface(panels: Panels) -> go.Figure:
         if panel.centre is not None and panel.centre <= panels.scale.high:
             figure.add_trace(_centre_trace(panel.centre, panels.scale, scene))
         if panel.markers:
-            figure.add_trace(_markers_trace_3d(panel, scene))
+            figure.add_trace(_markers_trace_3d(panel, panels.scale, scene))
         figure.update_layout({scene: _scene(panel, panels.scale)})
     bar = _bar(panels.scale)
     figure.update_layout(
@@ -103,7 +103,7 @@ def curves(panels: Panels) -> go.Figure:
     figure = _single((*panels.notes, *marker_notes(panels)))
     are_few = sum(len(panel.replicates) for panel in panels.panels) <= FEW
     for number, panel in enumerate(panels.panels):
-        figure.add_traces(_beside_traces(panel, number, are_few))
+        figure.add_traces(_beside_traces(panel, scale, number, are_few))
         figure.add_trace(_curve_trace(panel, scale, number))
         if panel.centre is not None:
             mark = {
@@ -386,7 +386,7 @@ def _curve_trace(panel: Panel, scale: Scale, number: int) -> go.Scatter:
     )
 
 
-def _beside_traces(panel: Panel, number: int, are_few: bool) -> list[go.Scatter]:
+def _beside_traces(panel: Panel, scale: Scale, number: int, are_few: bool) -> list[go.Scatter]:
     """What a curve is the mean of and its interval, what Fisher scores foretell, and other models."""
     (steps,) = panel.steps
     colour = COLOURS[number % len(COLOURS)]
@@ -403,10 +403,8 @@ def _beside_traces(panel: Panel, number: int, are_few: bool) -> list[go.Scatter]
         traces.append(go.Scatter(y=panel.quadratic, line={"width": 1.5, "dash": "dot", "color": colour}, **named))
     if panel.markers:
         marker = {"symbol": "diamond", "size": 8, "color": colour, "line": {"color": "black", "width": 1}}
-        heights = [math.nan if m.nearest_loss is None else m.nearest_loss for m in panel.markers]
-        traces.append(
-            go.Scatter(x=[m.steps[0] for m in panel.markers], y=heights, marker=marker, **_named(panel, "markers+text"))
-        )
+        x, y = [m.steps[0] for m in panel.markers], _heights(panel, scale)
+        traces.append(go.Scatter(x=x, y=y, marker=marker, **_named(panel, "markers+text")))
     return traces
 
 
@@ -442,9 +440,16 @@ def _centre_trace(loss: float, scale: Scale, scene: str) -> go.Scatter3d:
     )
 
 
-def _markers_trace_3d(panel: Panel, scene: str) -> go.Scatter3d:
-    """Other models at the height of the surface; those whose nearest point was not measured are left out."""
-    heights = [math.nan if m.nearest_loss is None else m.nearest_loss for m in panel.markers]
+def _heights(panel: Panel, scale: Scale) -> list[float]:
+    """What the landscape has where other models are: the loss as measured there, or else between the grid's points."""
+    if scale.metric in LOSSES:
+        return [math.nan if m.nearest_loss is None else m.nearest_loss for m in panel.markers]
+    return interpolated(panel, [m.steps for m in panel.markers]).tolist()
+
+
+def _markers_trace_3d(panel: Panel, scale: Scale, scene: str) -> go.Scatter3d:
+    """Other models at the height of the surface; those where it has none are left out."""
+    heights = _heights(panel, scale)
     x, y = zip(*(m.steps for m in panel.markers), strict=True)
     marker = {"color": _PIN, "size": 4, "line": {"color": "black", "width": 1}}
     mode = "lines+markers+text" if panel.connected else "markers+text"

@@ -21,7 +21,8 @@ _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 MOST_QUADRATICS = 4
 """Curves up to which the Fisher quadratic of each is drawn; with more, nobody could tell which is whose."""
 
-_LOSSES = ("loss", "perplexity")  # what has lines of reference, a ceiling and a Fisher quadratic
+LOSSES = ("loss", "perplexity")
+"""What has lines of reference, a ceiling and a Fisher quadratic."""
 
 
 def panels(
@@ -76,6 +77,14 @@ def marker_notes(drawn: Panels) -> list[str]:
             whole = ", ".join(text.replace(" ", "\N{NO-BREAK SPACE}") for text in each)
             notes.append(f"{title}loss of other models (of the nearest point of the {place}): {whole}")
     return notes
+
+
+def interpolated(panel: Panel, places: Sequence[Sequence[float]] | np.ndarray) -> Float[np.ndarray, "places"]:
+    """The values at some places, each one step per axis, linear between the points of the grid; NaN beyond it."""
+    from scipy.interpolate import RegularGridInterpolator
+
+    grid = RegularGridInterpolator(panel.steps, panel.losses, bounds_error=False)
+    return grid(np.reshape(np.asarray(places, dtype=float), (-1, len(panel.steps))))
 
 
 def short_title(title: str) -> str:
@@ -142,7 +151,7 @@ def _check_metric(given: Sequence[Landscape], metric: str) -> None:
             "have different units; draw them in separate figures."
         )
     shared = [name for name in given[0].metrics if all(name in landscape.metrics for landscape in given)]
-    if metric not in (*_LOSSES, *shared):
+    if metric not in (*LOSSES, *shared):
         others = ", ".join(map(repr, shared)) or "nothing else"
         raise ValueError(
             f"metric must be 'loss', 'perplexity', or what was measured beside them ({others}), got {metric!r}."
@@ -203,13 +212,13 @@ def _axis_label(axis: Axis) -> str:
 def _is_shown(landscape: Landscape, metric: str) -> Bool[np.ndarray, "*grid"]:
     """Where there is a value: measured, on all examples unless only a loss is wanted, or predicted."""
     known = landscape.evaluated.copy()
-    if metric not in _LOSSES and landscape.clipped is not None:
+    if metric not in LOSSES and landscape.clipped is not None:
         known &= ~landscape.clipped
-    return known | np.isfinite(landscape.loss) if metric in _LOSSES and landscape.prediction else known
+    return known | np.isfinite(landscape.loss) if metric in LOSSES and landscape.prediction else known
 
 
 def _all_values(landscape: Landscape, metric: str) -> Float[np.ndarray, "*grid"]:
-    return landscape.loss if metric in _LOSSES else landscape.metrics[metric]
+    return landscape.loss if metric in LOSSES else landscape.metrics[metric]
 
 
 def _values(landscape: Landscape, metric: str) -> Float[np.ndarray, "*grid"]:
@@ -230,10 +239,10 @@ def _scale(given: Sequence[Landscape], metric: str, *, is_log: bool) -> tuple[Sc
     values = np.concatenate([_all_values(part, metric)[_is_shown(part, metric)] for part in given])
     finite = values[np.isfinite(values)]
     if not finite.size:
-        what = "loss" if metric in _LOSSES else metric
+        what = "loss" if metric in LOSSES else metric
         raise ValueError(f"There is nothing to draw: no point of the landscapes has a finite {what} so far.")
     low, high, rule = float(finite.min()), float(finite.max()), ""
-    if metric in _LOSSES:
+    if metric in LOSSES:
         centres = [centre for centre in (_centre(part, metric) for part in given) if centre is not None]
         guessing = [landscape.references["uniform"] for landscape in given if "uniform" in landscape.references]
         high, rule = _ceiling(values, finite, max(centres, default=low), max(guessing, default=None))
@@ -293,7 +302,7 @@ def _panel(landscape: Landscape, title: str, scale: Scale) -> Panel:
     losses = _values(landscape, scale.metric)
     finite = losses[np.isfinite(losses)]
     low, high = (finite.min(), min(finite.max(), scale.high)) if finite.size else (0.0, 0.0)
-    references = _references(landscape) if scale.metric in _LOSSES else []
+    references = _references(landscape) if scale.metric in LOSSES else []
     replicates = landscape.replicates if len(landscape.axes) == 1 else ()
     along = tuple(_values(replicate, scale.metric) for replicate in replicates)
     return Panel(
@@ -311,7 +320,7 @@ def _panel(landscape: Landscape, title: str, scale: Scale) -> Panel:
         measured=landscape.evaluated if landscape.prediction else None,
         replicates=along,
         band=_interval(landscape, along) if along else None,
-        quadratic=_quadratic(landscape) if scale.metric in _LOSSES else None,
+        quadratic=_quadratic(landscape) if scale.metric in LOSSES else None,
     )
 
 
@@ -387,7 +396,7 @@ def _references(landscape: Landscape) -> list[Reference]:
 def _distinct(given: Sequence[Landscape], scale: Scale) -> tuple[Reference, ...]:
     """The references inside the scale, once each if they agree to the three digits that a figure shows."""
     found = {(r.label, f"{r.value:.3g}"): r for landscape in given for r in _references(landscape)}
-    return tuple(r for r in found.values() if scale.low <= r.value <= scale.high and scale.metric in _LOSSES)
+    return tuple(r for r in found.values() if scale.low <= r.value <= scale.high and scale.metric in LOSSES)
 
 
 def _grid_note(given: Sequence[Landscape]) -> str:
