@@ -186,6 +186,21 @@ def test_exact_expectation_over_a_vocabulary_is_refused():
         fisher(made.model, batched(made.examples, 3), estimator="exact")
 
 
+def test_a_loss_function_has_no_expectation_over_labels():
+    made = case("bert")
+    with pytest.raises(ValueError) as error:
+        fisher(
+            made.model,
+            batched(made.examples, 3),
+            objective=lambda m, b: m(b["input_ids"]).logits.sum((1, 2)),
+            estimator="exact",
+        )
+    assert str(error.value) == (
+        "The exact expectation needs a named objective, but the losses come from a function; take the estimator "
+        "empirical."
+    )
+
+
 def test_labels_of_a_loss_function_cannot_be_drawn():
     made = case("bert")
     with pytest.raises(ValueError, match="named objective"):

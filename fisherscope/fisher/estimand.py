@@ -132,6 +132,11 @@ class Estimand:
         if predictions.kind == "gaussian":
             yield predictions.outputs / math.sqrt(GAUSSIAN_VARIANCE)
             return
+        if predictions.kind == "losses":
+            raise ValueError(
+                "The exact expectation needs a named objective, but the losses come from a function; take the "
+                "estimator empirical."
+            )
         tokens, classes = predictions.outputs.shape[1:]
         single = tokens == 1 or self.unit == "token"
         number = classes * tokens
