@@ -130,6 +130,11 @@ def matched(a: FisherScores | Mask, b: FisherScores | Mask) -> Pairs:
         )
     drawn = [name for noun in (a, b) if isinstance(noun, FisherScores) for name in noun.new_parameters if name in noun]
     ours, theirs = ({_place(name, noun): name for name in noun if name not in drawn} for noun in (a, b))
+    if drawn and not (ours and theirs):
+        raise ValueError(
+            f"There is nothing to compare: every parameter of the {'second' if ours else 'first'} was drawn at random "
+            "in one of the two; give scores of pretrained weights."
+        )
     common = {ours[p]: theirs[p] for p in ours if p in theirs and a[ours[p]].shape == b[theirs[p]].shape}
     if not common:
         raise ValueError(

@@ -110,15 +110,15 @@ class FisherScores(Mapping[str, Tensor]):
         return sum(score.numel() for score in self.values())
 
     def share_holding(self, share: float) -> float:
-        """The smallest share of the entries that together hold ``share`` of the summed scores; NaN if all are 0.
+        """The smallest share of the entries that together hold ``share`` of the summed scores.
 
-        Parameters that were drawn at random are left out.
+        Parameters that were drawn at random are left out. NaN if all others are 0, or there are none.
         """
         kept = [score.flatten() for name, score in self.items() if name not in self.new_parameters]
+        if not any(bool(score.any()) for score in kept):
+            return float("nan")
         flat = torch.cat(kept).sort(descending=True).values
         held = flat.cumsum(0, dtype=torch.float64)
-        if not held[-1]:
-            return float("nan")
         return (int(torch.searchsorted(held, share * held[-1])) + 1) / len(flat)
 
     def stability(self, fraction: float) -> float:

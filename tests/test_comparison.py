@@ -169,5 +169,7 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence():
     for fraction in (0.0, 1.5):
         with pytest.raises(ValueError, match="fraction must be above 0 and at most 1"):
             compare(a, a, fraction)
+    with pytest.raises(ValueError, match="every parameter of the first was drawn at random in one of the two"):
+        compare(made(0, new_parameters=list(made(0))), made(1))
     with pytest.raises(ValueError, match="by must be 'layer' or 'parameter', got 'row'"):
         compare(a, a, by="row")  # pyright: ignore[reportArgumentType]

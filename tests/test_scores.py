@@ -236,3 +236,5 @@ def test_share_of_entries_that_holds_a_share_of_the_scores():
     scores = FisherScores({"a": torch.tensor([1.0, 5.0]), "b": torch.tensor([[3.0], [1.0]])}, num_examples=1)
     assert [scores.share_holding(share) for share in (0.4, 0.5, 0.8, 0.9, 1.0)] == [0.25, 0.25, 0.5, 0.75, 1.0]
     assert math.isnan(FisherScores({"a": torch.zeros(3)}, num_examples=1).share_holding(0.5))
+    drawn = {"model": {"new_parameters": ["a"]}}
+    assert math.isnan(FisherScores({"a": torch.ones(3)}, num_examples=1, provenance=drawn).share_holding(0.5))
