@@ -601,7 +601,7 @@ def dropout_sites(model: nn.Module, *, backbone_only: bool = True) -> list[Dropo
             holder = path.rpartition(".")[0]
             places = [(path, holder, "p")]
         else:
-            rates = [a for a, value in vars(module).items() if _is_dropout(a) and isinstance(value, float)]
+            rates = [a for a, value in vars(module).items() if _is_dropout(a) and _is_number(value)]
             places = [(f"{path}.{a}" if path else a, path, a) for a in rates]
         for name, holder, attribute in places:
             own = model.get_submodule(holder).named_parameters(remove_duplicate=False)
@@ -613,6 +613,11 @@ def dropout_sites(model: nn.Module, *, backbone_only: bool = True) -> list[Dropo
 
 def _is_dropout(attribute: str) -> bool:
     return attribute == "dropout" or attribute.endswith("_dropout")
+
+
+def _is_number(value: object) -> bool:
+    """Whether a value may be a rate; configurations also write 0 and 1 as whole numbers."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @contextlib.contextmanager

@@ -76,6 +76,12 @@ def outputs(made: Case, seed: int = 0) -> Tensor:
         return predict(made.model, batched(made.examples, 4)[0], made.objective).losses().total
 
 
+def test_a_rate_that_the_configuration_writes_as_a_whole_number_is_one():
+    whole, real = (entry("BART", "classification", attention_dropout=zero).model for zero in (0, 0.0))
+    assert rates(whole) == rates(real)
+    assert len(rates(whole)) > len([rate for rate in rates(whole).values() if rate]) > 0
+
+
 # Guided dropout: the rates
 
 
