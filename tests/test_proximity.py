@@ -54,6 +54,18 @@ def grouped(model: nn.Module, lr: float = 1e-3, decay: float = 0.1) -> AdamW:
     return AdamW([{"params": group, "weight_decay": d} for group, d in zip(groups, (decay, 0.0), strict=True)], lr=lr)
 
 
+def test_an_anchor_of_the_parameters_themselves_stays_where_they_began(encoder: Case):
+    live = {name: p.detach() for name, p in encoder.model.named_parameters()}
+    pull, optimizer = L2SP(live, alpha=2.0), SGD(encoder.model.parameters(), lr=0.1)
+    with pull.applied_to(encoder.model, optimizer):
+        with torch.no_grad():
+            for parameter in encoder.model.parameters():
+                parameter.add_(0.5)
+        (batch,) = batched(encoder.examples[:1], 1)
+        (penalty,) = pull.penalty(encoder.model, batch, predict(encoder.model, batch, encoder.objective)).tolist()
+    assert penalty == pytest.approx(0.25 * sum(p.numel() for p in encoder.model.parameters()))
+
+
 def train(
     case: Case, optimizer: Optimizer, regularizer: Regularizer, steps: int = 3, size: int = 4, first: int = 0
 ) -> list[float]:

@@ -140,7 +140,7 @@ def the_adamw(optimizer: Any, method: str) -> AdamW:
 
 
 def anchored(model: nn.Module, anchor: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The values of an anchor where the model's parameters are, by name.
+    """The values of an anchor, placed where the parameters are; copied where they would move along with them.
 
     Raises:
         ValueError: If the model lacks a parameter, or has it in another shape.
@@ -152,7 +152,9 @@ def anchored(model: nn.Module, anchor: Mapping[str, Tensor]) -> dict[str, Tensor
                 f"The anchor does not fit this model, which has no parameter '{name}' of shape {list(value.shape)}; "
                 "take values of the same model."
             )
-    return {name: v.detach().to(parameters[name].device, parameters[name].dtype) for name, v in anchor.items()}
+    values = {name: v.detach().to(parameters[name].device, parameters[name].dtype) for name, v in anchor.items()}
+    moving = {parameter.untyped_storage().data_ptr() for parameter in parameters.values()}
+    return {name: v.clone() if v.untyped_storage().data_ptr() in moving else v for name, v in values.items()}
 
 
 def _is_skipped(optimizer: Any) -> bool:
