@@ -199,6 +199,11 @@ def test_loss_of_a_quadratic_has_the_mean_of_the_offsets():
     assert curvature.loss() == pytest.approx(float(t @ loss.matrix @ t / 2 + loss.slope @ t) + 3, rel=1e-14)
 
 
+def test_a_straight_loss_has_no_extremes():
+    curvature, _ = bowl(40, values=[0.0] * 40)
+    assert extremes(curvature) == (0.0, 0.0)
+
+
 def test_weights_of_a_straight_loss_have_no_curvature():
     model = Bowl([1.0, 2.0, 3.0])
     curvature = Curvature(model, OFFSETS, objective=lambda model, batch: flat(model).sum() + batch["offset"])

@@ -255,8 +255,11 @@ def extremes(curvature: Curvature, *, seed: int = 0, tolerance: float = 1e-2) ->
     separated where the other end itself is close to 0 (Li et al., arXiv 1712.09913, section 6 do the same).
     """
     start = _start(curvature.size, seed)
-    if not np.isfinite(curvature.product(start)).all():
+    product = curvature.product(start)
+    if not np.isfinite(product).all():
         return float("nan"), float("nan")
+    if not product.any():  # a matrix of zeros, for which ARPACK has no answer
+        return 0.0, 0.0
     end = float(_largest(curvature.product, start, 1, "LM", tolerance)[0][0])
     sign = 1.0 if end >= 0 else -1.0
 
