@@ -97,7 +97,7 @@ def load_model(
                 missing = report["missing_keys"]
     tokenizer = _load_tokenizer(path, revision, str(name))
     model.config.pad_token_id = padding_id(tokenizer)  # a decoder's classification head finds the last token by it
-    _limit_length(tokenizer, model.config)
+    _limit_length(tokenizer, num_positions(model))
     new = sorted(set(missing) & set(dict(model.named_parameters())))
     if init == "random":
         logger.info("All parameters of %s are drawn at random from seed %d.", name, seed)
@@ -178,11 +178,21 @@ def _load_tokenizer(path: str, revision: str | None, name: str) -> "PreTrainedTo
     return tokenizer
 
 
-def _limit_length(tokenizer: Any, config: Any) -> None:
+def _limit_length(tokenizer: Any, positions: int | None) -> None:
     """Let the tokenizer cut texts where the model has no further positions; many tokenizers name no limit."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if isinstance(positions, int) and positions > 0 and tokenizer.model_max_length > positions:
+    if positions is not None and tokenizer.model_max_length > positions:
         tokenizer.model_max_length = positions
+
+
+def num_positions(model: nn.Module) -> int | None:
+    """How many tokens a model with a table of positions takes; None without a limit.
+
+    The first rows of RoBERTa's table, up to that of padding, are no positions of tokens.
+    """
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    tables: list[Any] = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    offset = next((t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None), 0)
+    return limit - offset if isinstance(limit, int) and limit > 0 else None
 
 
 def _head_size(config: Any, objective: str, num_labels: int | None, name: str) -> dict[str, int]:

@@ -594,7 +594,7 @@ def test_a_validation_text_without_room_for_the_tokens_is_refused_before_the_tra
     for split, text in {"train": "a short text", "validation": "a text that is by far too long " * 3}.items():
         rows = "".join(f"{text}\t{label}\n" for label in (0, 1))
         (tmp_path / f"{split}.tsv").write_text(f"text\tlabel\n{rows}")
-    monkeypatch.setattr(adapters, "_positions", lambda model: 16)
+    monkeypatch.setattr(adapters, "num_positions", lambda model: 16)
     monkeypatch.setattr(training, "_fit", lambda *_: pytest.fail("it trains"))
     with pytest.raises(ValueError, match=r"^With 4 virtual tokens a text must have at most 12 tokens, as the"):
         finetune(

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from architectures import POSITIONS, entry
 from conftest import VOCABULARY, built, checkpoint, untouched
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -46,6 +47,18 @@ def test_model_comes_with_the_head_it_was_saved_with(name: str, folders: dict, c
     assert infer_objective(model) == saved_objective(folders[name]) == HEADS[name]
     assert describe(model)["new_parameters"] == []
     assert not caplog.records
+
+
+def test_texts_are_cut_where_the_model_has_no_further_positions(tmp_path: Path):
+    made = entry("RoBERTa", "masked LM")
+    checkpoint("bert", tmp_path)  # for its tokenizer, which names no limit
+    made.model.save_pretrained(tmp_path)
+    model, tokenizer = load_model(tmp_path, objective="mlm", device="cpu")
+    longest = tokenizer.model_max_length
+    assert longest == POSITIONS - 1
+    model(input_ids=torch.full((1, longest), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, longest + 1), 5))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import storage
-from ..models import device_of, measuring, new_parameters, quiet_transformers
+from ..models import device_of, measuring, new_parameters, num_positions, quiet_transformers
 from .methods.fixed_mask import new_names
 from .parts import forward_replaced, frozen, innermost
 from .regularizer import Applied, Regularizer
@@ -244,7 +244,7 @@ class VirtualTokens(Adapter):
         return made
 
     def _check_length(self, model: nn.Module, tokens: int) -> None:
-        limit = _positions(model)
+        limit = num_positions(model)
         if limit is not None and tokens + self.virtual_tokens > limit:
             raise ValueError(
                 f"With {self.virtual_tokens} virtual tokens a text must have at most {limit - self.virtual_tokens} "
@@ -310,11 +310,3 @@ def _told(refusal: str, *errors: type[Exception]) -> Iterator[None]:
         *errors,
     ) as error:
         raise ValueError(refusal) from error
-
-
-def _positions(model: nn.Module) -> int | None:
-    """How many tokens a model with a table of positions takes; None without a limit."""
-    limit = getattr(model.config, "max_position_embeddings", None)
-    tables: list[Any] = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
-    offset = next((t.padding_idx + 1 for t in tables if getattr(t, "padding_idx", None) is not None), 0)
-    return limit - offset if isinstance(limit, int) and limit > 0 else None
