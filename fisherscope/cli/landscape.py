@@ -203,7 +203,7 @@ def _space(
         return paths.trajectory(model, args.models, names=names, mask=mask, axes=axes, strict=args.strict)
     if args.directions in ("hessian", "ggn"):
         options: dict[str, Any] = {"kind": args.directions, "mask": mask, "objective": objective, "seed": args.seed}
-        return curvature.top_eigenvectors(model, batches, axes, **options)
+        return curvature.top_eigenvectors(model, batches, axes, strict=args.strict, **options)
     if args.directions == "steepest":
         return curvature.steepest(model, batches, mask=mask, objective=objective, strict=args.strict)
     if args.directions == "low-rank":
