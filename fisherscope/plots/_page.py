@@ -142,8 +142,8 @@ def _facts(landscape: Landscape) -> dict[str, str]:
     done = int(landscape.evaluated.sum())
     prediction, unmeasured = landscape.prediction, landscape.loss.size - done
     rest = "" if prediction is None else f", the others predicted (95 % of errors below {prediction.percentile95:.2g})"
-    norms = [axis.norm for axis in landscape.axes]
-    relative = "" if geometry is None else ", ".join(f"{100 * norm / geometry.weight_norm:.3g} %" for norm in norms)
+    norms, weights = [axis.norm for axis in landscape.axes], geometry.weight_norm if geometry else 0.0
+    relative = ", ".join(f"{100 * norm / weights:.3g} %" for norm in norms) if weights > 0 else ""
     cosine = float(geometry.cosines[0, 1]) if geometry is not None and len(norms) > 1 else None
     return {
         "model": model_name(landscape),
