@@ -314,21 +314,11 @@ def _class_name(model: nn.Module) -> str:
 
 
 def _objective_of_class(class_name: str, config: Any) -> str | None:
-    from transformers.models.auto import modeling_auto as auto
-
-    labelled = (auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES)
-    if any(class_name in table.values() for table in labelled):
+    possible = _objectives_of_class(class_name)
+    if "regression" in possible:
         return "regression" if config.num_labels == 1 else "classification"
-    tables = {
-        "seq2seq-lm": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        "mlm": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        "causal-lm": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "token-classification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        "question-answering": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    }
-    for objective, table in tables.items():  # in this order: each table also lists models of the ones before
-        if class_name in table.values():
-            return objective
+    if possible:
+        return possible[0]
     return "mlm" if _has_next_sentence_head(class_name) else None
 
 
@@ -351,18 +341,21 @@ _KNOWN_HEADS = (*OBJECTIVES, "token-classification", "question-answering")
 
 @functools.cache
 def _objectives_of_class(class_name: str) -> tuple[str, ...]:
+    """What the head of a class can do, by the tables of transformers; BART is in two, and first of all a seq2seq-lm."""
     from transformers.models.auto import modeling_auto as auto
 
-    tables = {
-        "mlm": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        "causal-lm": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        "seq2seq-lm": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-        "classification": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-        | auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-        "token-classification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-        "question-answering": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    classes = {
+        "seq2seq-lm": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
+        "mlm": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values(),
+        "causal-lm": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        "classification": [  # no union of the tables: Perceiver is in both under one key
+            *auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values(),
+            *auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(),
+        ],
+        "token-classification": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(),
+        "question-answering": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES.values(),
     }
-    found = tuple(objective for objective, table in tables.items() if class_name in table.values())
+    found = tuple(objective for objective, names in classes.items() if class_name in names)
     return (*found, "regression") if "classification" in found else found
 
 

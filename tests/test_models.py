@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fisherscope.models import (
     backbone_prefix,
+    check_head,
     describe,
     find_difference,
     infer_objective,
@@ -212,6 +213,17 @@ def test_objective_of_a_class_in_several_tables():
     assert _objective_of_class("T5ForConditionalGeneration", None) == "seq2seq-lm"
     assert _objective_of_class("BertForMaskedLM", None) == "mlm"
     assert _objective_of_class("GPT2LMHeadModel", None) == "causal-lm"
+
+
+def test_the_head_of_a_family_for_texts_and_images_is_known():
+    """The tables of transformers name the classes of both under one key."""
+    from transformers import PerceiverConfig, PerceiverForSequenceClassification
+
+    sizes = {"d_model": 16, "d_latents": 16, "num_latents": 2, "num_blocks": 1, "num_self_attends_per_block": 1}
+    heads = {"num_self_attention_heads": 2, "num_cross_attention_heads": 2}
+    model = PerceiverForSequenceClassification(PerceiverConfig(**sizes, **heads, vocab_size=20))
+    with pytest.raises(ValueError, match="has a head for classification or regression"):
+        check_head(model, "mlm")
 
 
 def test_padding_and_length_follow_the_tokenizer_and_the_model(tmp_path: Path):
