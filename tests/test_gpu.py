@@ -2,9 +2,11 @@
 
 import pytest
 import torch
-from conftest import batched, case
+from conftest import batched, case, moved
+from torch import nn
 
 import fisherscope as fs
+from fisherscope.fisher import rules
 
 pytestmark = pytest.mark.gpu
 
@@ -71,5 +73,17 @@ def test_sums_on_the_host() -> None:
     batches = batched(made.examples, 3)
     wanted = fs.estimate_fisher(made.model, batches, progress=False)
     found = fs.estimate_fisher(made.model.to("cuda"), batches, offload=True, progress=False)
+    for parameter in wanted:
+        torch.testing.assert_close(found[parameter], wanted[parameter], rtol=1e-6, atol=1e-12)
+
+
+def test_sums_on_the_host_of_gradients_formed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of matrices too large for a stack: nothing but their own device tells where they are."""
+    monkeypatch.setattr(rules, "STACKED_BYTES", 0)
+    model = moved(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)))
+    batches = [{"x": torch.randn(3, 4, dtype=torch.float64)} for _ in range(2)]
+    settings = {"objective": lambda m, batch: m(batch["x"]).square().sum(1), "progress": False}
+    wanted = fs.estimate_fisher(model, batches, engine="loop", **settings)
+    found = fs.estimate_fisher(model.to("cuda"), batches, offload=True, **settings)
     for parameter in wanted:
         torch.testing.assert_close(found[parameter], wanted[parameter], rtol=1e-6, atol=1e-12)

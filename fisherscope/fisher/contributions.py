@@ -8,7 +8,7 @@ Shape names: B examples, T positions, D width, V rows of an embedding.
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,6 +28,11 @@ class Stacked:
         """B."""
         return len(self.gradients)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return self.gradients.device
+
     def add_to(self, buffer: Tensor, example: int) -> None:
         """Add the gradient of one example to ``buffer``."""
         buffer.add_(self.gradients[example].view_as(buffer))
@@ -44,6 +49,11 @@ class Outer:
     def num_examples(self) -> int:
         """B."""
         return len(self.left)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return self.left.device
 
     def add_to(self, buffer: Tensor, example: int) -> None:
         """Add the gradient of one example to ``buffer``."""
@@ -62,6 +72,11 @@ class Lookup:
     def num_examples(self) -> int:
         """B."""
         return len(self.ids)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return self.ids.device
 
     def segments(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over equal ids of one example: the examples, the ids and the sums, distinct (example, id) pairs only."""
@@ -82,6 +97,7 @@ class Deferred:
     """Every example's gradient in full, but computed only when its turn comes."""
 
     num_examples: int
+    device: torch.device
     compute: Callable[[int], Tensor]
 
     def add_to(self, buffer: Tensor, example: int) -> None:
@@ -97,7 +113,7 @@ def merged(contributions: Sequence[Contribution]) -> list[Contribution]:
     result: list[Contribution] = []
     if deferred := [c for c in contributions if isinstance(c, Deferred)]:
         first, *others = deferred
-        result.append(Deferred(first.num_examples, lambda n: sum((c.compute(n) for c in others), first.compute(n))))
+        result.append(replace(first, compute=lambda n: sum((c.compute(n) for c in others), first.compute(n))))
     if lookups := [c for c in contributions if isinstance(c, Lookup)]:
         result.append(Lookup(torch.cat([c.ids for c in lookups], 1), torch.cat([c.gradients for c in lookups], 1)))
     outers: dict[tuple[int, int], list[Outer]] = {}
@@ -124,7 +140,7 @@ def accumulate(score: Tensor, contributions: Sequence[Contribution]) -> None:
         contributions: What every use of the parameter in one batch adds to its gradient.
     """
     parts = merged(contributions)
-    device = _device(parts) or score.device
+    device = parts[0].device if parts else score.device
     with torch.autocast(device.type, enabled=False):
         if score.device == device:
             _accumulate(score, parts)
@@ -132,13 +148,6 @@ def accumulate(score: Tensor, contributions: Sequence[Contribution]) -> None:
             here = torch.zeros(score.shape, dtype=score.dtype, device=device)
             _accumulate(here, parts)
             score.add_(here.to(score.device))
-
-
-def _device(parts: Sequence[Contribution]) -> torch.device | None:
-    for part in parts:
-        if not isinstance(part, Deferred):
-            return (part.left if isinstance(part, Outer) else part.gradients).device
-    return None
 
 
 def _accumulate(score: Tensor, parts: Sequence[Contribution]) -> None:

@@ -345,7 +345,7 @@ def _one_by_one(use: Use) -> Contributions:
         return torch.zeros_like(tensors[slot]) if found is None else wide(found)
 
     def deferred(slot: Slot) -> Contribution:
-        compute = Deferred(use.examples, lambda example: gradient_of(example, slot))
+        compute = Deferred(use.examples, use.gradient.device, lambda example: gradient_of(example, slot))
         size = tensors[slot].numel() * tensors[slot].element_size() * use.examples
         return stacked(compute) if size <= STACKED_BYTES else compute
 
@@ -394,7 +394,7 @@ def _pulled(use: Use, gradient: Stacked | Deferred) -> Contribution:
         contributions_of(one)[1][slot].add_to(buffer, 0)
         return buffer
 
-    return Deferred(use.examples, compute)
+    return Deferred(use.examples, gradient.device, compute)
 
 
 def _still_a_product(operation: Operation, parts: list[Contribution]) -> Outer | None:
@@ -425,7 +425,7 @@ def _dense(parts: list[Contribution], shape: tuple[int, ...], examples: int) -> 
             part.add_to(buffer, example)
         return buffer
 
-    deferred = Deferred(examples, compute)
+    deferred = Deferred(examples, like.device, compute)
     return stacked(deferred) if math.prod(shape) * examples * like.element_size() <= STACKED_BYTES else deferred
 
 
