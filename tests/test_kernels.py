@@ -4,11 +4,13 @@ The interpreter must be on before Triton is imported, so one child process runs 
 """
 
 import functools
+import gc
 import itertools
 import logging
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -309,6 +311,36 @@ def test_a_gpu_without_the_kernel_is_told_once(
         kernels._timed_choice(*problem(ODD))
 
 
+def test_a_kernel_that_failed_holds_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even until the garbage collector comes."""
+    scratch: list[weakref.ref[Tensor]] = []
+
+    def fails(candidate: Any, score: Tensor, *rest: Tensor) -> float:
+        scratch.append(weakref.ref(score))
+        if isinstance(candidate, functools.partial):
+            raise RuntimeError("no such chip")
+        return 1.0
+
+    monkeypatch.setattr(kernels, "_milliseconds", fails)
+    gc.disable()
+    try:
+        assert kernels._timed_choice(*problem(ODD)) is accumulate_chunked
+        assert scratch[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_the_reason_of_a_compiler_is_told_without_the_place(
+    timed: dict[Tile | None, float | Exception], caplog: pytest.LogCaptureFixture
+) -> None:
+    refused = RuntimeError("at 36:18:\nsome code")
+    refused.__cause__ = AssertionError("Unsupported lhs dtype fp64")
+    timed.update(dict.fromkeys(kernels.TILES, refused))
+    with caplog.at_level(logging.WARNING):
+        kernels._timed_choice(*problem(ODD))
+    assert "(Unsupported lhs dtype fp64)" in caplog.text
+
+
 def test_work_is_timed_once_for_its_kind(
     timed: dict[Tile | None, float | Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,6 +405,9 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     (torch.float32, "medium", 3e-2), (torch.bfloat16, "highest", 1e-5), (torch.float16, "highest", 1e-5),
 ])  # fmt: skip
 def test_kernel_on_cuda(dtype: torch.dtype, precision: str, relative: float, tile: Tile) -> None:
+    triton = pytest.importorskip("triton")
+    if dtype == torch.float64 and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5):
+        pytest.skip("this Triton multiplies no float64")
     torch.set_float32_matmul_precision(precision)
     try:
         for shape in SHAPES:

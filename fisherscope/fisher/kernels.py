@@ -139,16 +139,16 @@ def _timed_choice(score: Tensor, left: Tensor, right: Tensor, offsets: Tensor) -
     candidates |= {f"by the kernel, {tile}": functools.partial(accumulate_fused, tile=tile) for tile in TILES}
     scratch = torch.zeros_like(score)  # what timing adds must not reach the score
     milliseconds: dict[str, float] = {}
-    failures: dict[str, Exception] = {}
+    failures: dict[str, str] = {}  # in words: an error holds the frames that it came through, and their buffers
     for name, candidate in candidates.items():
         try:
             milliseconds[name] = _milliseconds(candidate, scratch, left, right, offsets)
         except Exception as error:  # whatever compilers and drivers raise
-            failures[name] = error
+            failures[name] = str(error.__cause__ or error).partition("\n")[0]  # Triton's own begins with a place
     if not milliseconds:
-        raise failures["in chunks"]
+        milliseconds["in chunks"] = _milliseconds(accumulate_chunked, scratch, left, right, offsets)  # raises again
     if list(milliseconds) == ["in chunks"]:
-        _warn_once(str(failures.popitem()[1]).partition("\n")[0])
+        _warn_once(list(failures.values())[-1])
     logger.debug("%s over %d rows: milliseconds %s, failed %s", tuple(score.shape), len(left), milliseconds, failures)
     return candidates[min(milliseconds, key=milliseconds.__getitem__)]
 
