@@ -85,7 +85,7 @@ def load_model(
             transformers.AutoModelForPreTraining if next_sentence else _auto_class(config, objective, str(name))
         )
         with torch.random.fork_rng(devices=[]), quiet_transformers():
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             if init == "random":
                 config = transformers.AutoConfig.from_pretrained(path, revision=revision, **labels)
                 model = auto_class.from_config(config, dtype=dtype)

@@ -92,6 +92,13 @@ def test_head_that_the_checkpoint_lacks_is_drawn_from_the_seed(folders: dict, ca
     assert torch.equal(other.bert.embeddings.word_embeddings.weight, one.bert.embeddings.word_embeddings.weight)
 
 
+def test_generators_of_gpus_stay_as_they_are(folders: dict, monkeypatch: pytest.MonkeyPatch):
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    load_model(folders["bert"], device="cpu")
+    assert seeded == []
+
+
 def test_regression_has_one_output(folders: dict):
     model, _ = load_model(folders["bert"], objective="regression", device="cpu")
     assert model.classifier.weight.shape == (1, 32)
