@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .finetune.training import finetune
     from .fisher import estimate_fisher
     from .landscape import Axis, Landscape, random_directions, scan_landscape
-    from .masks import Mask, MaskMismatch, bottom_fraction, random_fraction, top_fraction
+    from .masks import Mask, MaskMismatch, bottom_fraction, random_fraction, random_like, top_fraction
     from .models import load_model
     from .objectives import example_losses
     from .scores import FisherScores, summarize
@@ -56,6 +56,7 @@ _HOME = {
     "MaskMismatch": ".masks",
     "bottom_fraction": ".masks",
     "random_fraction": ".masks",
+    "random_like": ".masks",
     "top_fraction": ".masks",
     "load_model": ".models",
     "example_losses": ".objectives",

@@ -299,6 +299,28 @@ def random_fraction(
     return _finish(shapes, tensors, provenance)
 
 
+def random_like(mask: Mask, *, seed: int) -> Mask:
+    r"""As many entries of every parameter as a mask selects, drawn at random: :math:`|R_k| = |M_k|`.
+
+    What a mask has to beat, if it is to matter which entries it selects: how many of which parameters is the same.
+
+    Args:
+        mask: Any mask.
+        seed: Of the draw; the same on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(selected: Tensor) -> Tensor:
+        places = torch.randperm(selected.numel(), generator=generator)[: int(selected.sum())]
+        flat = torch.zeros(selected.numel(), dtype=torch.bool)
+        flat[places] = True
+        return flat.view(selected.shape)
+
+    rule = f"as many random entries of every parameter as in ({mask.provenance.get('rule', 'a mask')}), seed {seed}"
+    provenance = storage.provenance(model=mask.provenance.get("model", {}), rule=rule)
+    return Mask({name: drawn(selected) for name, selected in mask.items()}, provenance)
+
+
 def _finish(like: Mapping[str, Tensor], selected: Mapping[str, Tensor], provenance: dict[str, Any]) -> Mask:
     """A mask over all parameters of ``like``; the ones not considered have nothing selected."""
     empty = {name: torch.zeros(t.shape, dtype=torch.bool) for name, t in like.items() if name not in selected}

@@ -20,10 +20,11 @@ from fisherscope.finetune.methods.fish_mask import FishMask
 from fisherscope.finetune.methods.fixed_mask import SubnetworkUpdate, backbone_names, new_names
 from fisherscope.finetune.methods.random_mask import RandomMask
 from fisherscope.finetune.methods.top_k_layers import TopKLayers, numbered_layers
+from fisherscope.finetune.plan import check_method
 from fisherscope.finetune.regularizer import Regularizer
 from fisherscope.finetune.run import Run
 from fisherscope.fisher import estimate_fisher
-from fisherscope.masks import Mask, MaskMismatch, random_fraction, top_fraction
+from fisherscope.masks import Mask, MaskMismatch, random_fraction, random_like, top_fraction
 from fisherscope.models import load_model
 from fisherscope.objectives import example_losses
 from fisherscope.scores import FisherScores
@@ -265,6 +266,16 @@ def test_a_run_takes_the_mask_that_it_was_given(encoder: Case):
     assert same(dict(taken), dict(mask))
 
 
+@pytest.mark.parametrize(
+    ("method", "setting", "given"),
+    [("fixed-mask", "fraction", "mask"), ("random-mask", "fraction", "mask"), ("fish-mask", "num_samples", "scores")],
+)
+def test_settings_that_what_is_given_takes_the_place_of_are_refused(method: str, setting: str, given: str):
+    check_method(method, {setting: 0.5})
+    with pytest.raises(ValueError, match=f"{method} has no use for the setting '{setting}' beside {given}"):
+        check_method(method, {setting: 0.5}, [given])
+
+
 def test_a_run_that_is_resumed_with_trained_weights_warns_of_nothing(encoder: Case, caplog: pytest.LogCaptureFixture):
     regularizer = SubnetworkUpdate.for_run(run_of(encoder, mask=half_of(encoder.model)))
     train_with(encoder, Regularizer(), steps=1)
@@ -298,6 +309,21 @@ def test_a_random_mask_depends_on_the_seed_and_not_on_the_head():
 
 def test_a_run_draws_the_random_mask_from_its_seed(encoder: Case):
     assert RandomMask.for_run(run_of(encoder, seed=7), fraction=0.2) == RandomMask(0.2, seed=7)
+
+
+def test_the_control_of_a_mask_trains_as_many_others_of_every_parameter(classifier: Case):
+    mask, before = half_of(classifier.model), parameters_of(classifier.model)
+    after = train_with(classifier, RandomMask.for_run(run_of(classifier, mask=mask, seed=3)))
+    moved = {name: after[name] != before[name] for name in before}
+    for name, changed in moved.items():
+        assert int(changed.sum()) == (int(mask[name].sum()) if name in mask else changed.numel()), name
+    assert any(not torch.equal(moved[name], mask[name]) for name in mask)
+
+
+def test_a_random_mask_like_another_one_depends_on_the_seed(encoder: Case):
+    mask = half_of(encoder.model)
+    assert same(dict(random_like(mask, seed=1)), dict(random_like(mask, seed=1)))
+    assert not same(dict(random_like(mask, seed=1)), dict(random_like(mask, seed=2)))
 
 
 @pytest.mark.parametrize("kind", ["BERT", "GPT-2", "XLNet", "DeBERTa"])

@@ -249,7 +249,7 @@ def _checked(arm: str, arguments: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"max_length must be at least 1; got {length}, in the arm {arm}.")
     method, settings = arguments["method"], arguments.get("settings") or {}
     try:
-        check_method(method, settings)
+        check_method(method, settings, [key for key in ("scores", "mask") if arguments.get(key) is not None])
         _check_values(method, settings)
         given = {field.name: arguments[field.name] for field in fields(Recipe) if field.name in arguments}
         recipe_of(method, settings, Recipe(**given))

@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -153,10 +153,18 @@ class Plan:
     def _settings(self) -> dict[str, Any]:
         """Of every method, defaults included; of a regularizer of one's own, its plain fields."""
         if isinstance(self.method, str):
-            given = {name: METHODS[name].settings() for name in self.method.split("+")}
-            return {m: {n: _shown(self.settings.get(n, p.default)) for n, p in k.items()} for m, k in given.items()}
+            known = {name: METHODS[name].settings() for name in self.method.split("+")}
+            idle = {name: replaced(METHODS[name], self._given) for name in known}
+            return {
+                method: {n: _shown(self.settings.get(n, p.default)) for n, p in own.items() if n not in idle[method]}
+                for method, own in known.items()
+            }
         own = fields(self.method) if is_dataclass(self.method) else ()
         return {f.name: v for f in own if isinstance(v := getattr(self.method, f.name), (int, float, str, bool))}
+
+    @property
+    def _given(self) -> list[str]:
+        return [name for name, value in (("scores", self.scores), ("mask", self.mask)) if value is not None]
 
     def regularizer(self, run: Run) -> Regularizer:
         """The regularizer for one of the trainings.
@@ -170,9 +178,8 @@ class Plan:
         for name in sorted(self.method.split("+"), key=lambda name: (METHODS[name].order, name)):
             known = METHODS[name].settings()
             parts.append(METHODS[name].for_run(run, **{k: v for k, v in self.settings.items() if k in known}))
-        for given, value in (("scores", self.scores), ("mask", self.mask)):
-            if value is not None and given not in run.supplied:
-                raise ValueError(f"{self.method} has no use for {given} here; leave {given} out.")
+        if useless := next((given for given in self._given if given not in run.supplied), None):
+            raise ValueError(f"{self.method} has no use for {useless} here; leave {useless} out.")
         return parts[0] if len(parts) == 1 else Composed(tuple(parts))
 
 
@@ -233,8 +240,19 @@ def data_of(
     return {"objective": objective, "name": name, "metric": metric, "train": train, "validation": validation}
 
 
-def check_method(method: str | Regularizer, settings: Mapping[str, Any]) -> None:
-    """Refuse methods that there are not, settings that they do not have, and those that are missing."""
+def replaced(method: type[Regularizer], given: Collection[str]) -> set[str]:
+    """The settings of a method that have no effect where the user gives scores, a mask or both."""
+    return {setting for noun in given for setting in method.replaced.get(noun, ())}
+
+
+def check_method(method: str | Regularizer, settings: Mapping[str, Any], given: Collection[str] = ()) -> None:
+    """Refuse methods that there are not, settings that they do not have or that do nothing, and missing ones.
+
+    Args:
+        method: The name of one or several, or a regularizer.
+        settings: What the user sets.
+        given: What the user gives beside it: ``scores``, ``mask``.
+    """
     if not isinstance(method, str):
         if settings:
             raise ValueError("A regularizer has its settings already; give settings with the name of a method only.")
@@ -253,6 +271,12 @@ def check_method(method: str | Regularizer, settings: Mapping[str, Any]) -> None
     known = {setting: parameter for name in names for setting, parameter in METHODS[name].settings().items()}
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"{method} has no setting {unknown[0]!r}; it has {', '.join(sorted(known)) or 'none'}.")
+    for noun in given:
+        active = {
+            setting for name in names for setting in {*METHODS[name].settings()} - replaced(METHODS[name], [noun])
+        }
+        if idle := sorted(set(settings) - active):
+            raise ValueError(f"{method} has no use for the setting {idle[0]!r} beside {noun}; leave one of them out.")
     if missing := [name for name, p in known.items() if p.default is p.empty and name not in settings]:
         raise ValueError(f"{method} needs the setting {missing[0]!r}; give it a value.")
 

@@ -51,6 +51,7 @@ class Regularizer:
         name: As ``--method`` takes it; a class without one is no method.
         excludes: Names of methods that it cannot be combined with, and why: the end of a sentence.
         unfit: What it cannot be trained on, and why, likewise.
+        replaced: Settings that have no effect where the user gives ``scores`` or a ``mask``, by which of the two.
         order: Methods together are prepared and applied from the lowest to the highest, and by name among equals,
             whatever the order of their names; those applied last change a step first. Below 0 are methods that draw
             values anew (-3), that choose what is trained (-2) and how fast (-1), above it those that need to see what
@@ -60,6 +61,7 @@ class Regularizer:
     name: ClassVar[str]
     excludes: ClassVar[Mapping[str, str]] = {}
     unfit: ClassVar[Mapping[Unfit, str]] = {}
+    replaced: ClassVar[Mapping[str, Sequence[str]]] = {}
     order: ClassVar[int] = 0
 
     def __init_subclass__(cls) -> None:

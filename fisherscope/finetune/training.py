@@ -151,9 +151,9 @@ def finetune(
         TypeError: If there is no such keyword.
     """
     _check_keywords(recipe)
-    check_method(method, settings or {})
-    _check_seeds(seeds)
     given = [name for name, value in (("scores", scores), ("mask", mask)) if value is not None]
+    check_method(method, settings or {}, given)
+    _check_seeds(seeds)
     if given and not isinstance(method, str):
         raise ValueError(f"A regularizer has its {given[0]} already; give {given[0]} with the name of a method only.")
     if init not in ("pretrained", "random"):

@@ -1,7 +1,7 @@
 """FISH mask: training the few entries with the highest Fisher information."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
@@ -39,6 +39,7 @@ class FishMask(Regularizer):
 
     name: ClassVar[str] = "fish-mask"
     order: ClassVar[int] = -2
+    replaced: ClassVar[Mapping[str, Sequence[str]]] = {"scores": ("variant", "num_samples")}
 
     scores: FisherScores
     keep: float = 0.005

@@ -1,7 +1,7 @@
 """Training a part of a model and nothing else: the rest keeps every bit, whatever the optimizer does."""
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -38,6 +38,7 @@ class SubnetworkUpdate(Regularizer):
 
     name: ClassVar[str] = "fixed-mask"
     order: ClassVar[int] = -2
+    replaced: ClassVar[Mapping[str, Sequence[str]]] = {"mask": ("fraction",)}
 
     mask: Mask
 
@@ -68,8 +69,13 @@ class SubnetworkUpdate(Regularizer):
             mask = top_fraction(scores_of(run.supply("scores"), run.model, backbone_names(run.model)), fraction)
         else:
             mask = run.supply("mask")
-        origin = {key: value for key, value in mask.provenance["model"].items() if key != "backbone_fingerprint"}
-        return cls(Mask(mask.tensors, {**mask.provenance, "model": origin}), **settings)  # checked; weights will move
+        return cls(checked(mask), **settings)
+
+
+def checked(mask: Mask) -> Mask:
+    """The mask of a run without the fingerprint of weights, which will move: the run has compared it."""
+    origin = {key: value for key, value in mask.provenance["model"].items() if key != "backbone_fingerprint"}
+    return Mask(mask.tensors, {**mask.provenance, "model": origin})
 
 
 @contextmanager
