@@ -354,6 +354,7 @@ def test_an_exception_takes_the_regularizer_off(monkeypatch):
         ),
         ({"seeds": [-1]}, "Seeds must be whole numbers from 0 to 4294967295; got -1"),
         ({"seeds": [2**32]}, "Seeds must be whole numbers from 0"),
+        ({"device": "cuda:1"}, "takes the first GPU that it sees, not cuda:1; set CUDA_VISIBLE_DEVICES=1 and leave"),
         ({"train_size": 0}, "train_size must be a number of examples, 1 or more"),
         ({"settings": {"highest": 1}}, "vanilla has no setting 'highest'; it has none"),
         ({"epochs": 0}, "epochs must be a number above 0, and finite; got 0"),

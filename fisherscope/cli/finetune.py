@@ -61,7 +61,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--max-length", type=int, help="tokens per example; default: 128, or fewer if the model takes fewer"
     )
     what.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
-    what.add_argument("--device", help="for example cuda:1; default: CUDA where there is one")
+    what.add_argument("--device", help="cpu or cuda; default: CUDA where there is one, of several GPUs the first")
     _add_training_flags(parser)
     _add_method_flags(parser)
     output = parser.add_argument_group("output")

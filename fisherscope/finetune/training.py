@@ -138,7 +138,7 @@ def finetune(
         save_model: Also save every trained model there as a plain Hugging Face folder; with ``tasks`` a folder for
             each, and the models that stages came to.
         revision: Of the model on the Hub.
-        device: None means CUDA where there is one.
+        device: None means CUDA where there is one; of several GPUs the first.
         progress: Show progress bars.
         **recipe: The attributes of :class:`Recipe`: ``epochs``, ``max_steps``, ``batch_size``, ``accumulate``,
             ``learning_rate``, ``weight_decay``, ``warmup``, ``precision``.
@@ -154,6 +154,7 @@ def finetune(
     given = [name for name, value in (("scores", scores), ("mask", mask)) if value is not None]
     check_method(method, settings or {}, given)
     _check_seeds(seeds)
+    _check_device(device)
     if given and not isinstance(method, str):
         raise ValueError(f"A regularizer has its {given[0]} already; give {given[0]} with the name of a method only.")
     if init not in ("pretrained", "random"):
@@ -219,6 +220,16 @@ def _check_seeds(seeds: Sequence[int]) -> None:
     for seed in seeds:
         if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
             raise ValueError(f"Seeds must be whole numbers from 0 to {2**32 - 1}; got {seed}.")
+
+
+def _check_device(device: str | None) -> None:
+    """Refuse a GPU that Trainer would not use: it moves the model to the first one."""
+    number = torch.device(device or "cpu").index
+    if number and distributed.world_size() == 1:
+        raise ValueError(
+            f"Fine-tuning takes the first GPU that it sees, not {device}; set CUDA_VISIBLE_DEVICES={number} and leave "
+            "out the device."
+        )
 
 
 def _on_first(work: Callable[[], T]) -> T:
