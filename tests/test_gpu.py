@@ -34,6 +34,17 @@ def test_landscape_on_cuda_equals_that_on_the_cpu() -> None:
     torch.testing.assert_close(torch.tensor(found.loss), torch.tensor(wanted.loss), rtol=1e-6, atol=1e-9)
 
 
+def test_directions_from_the_cpu_move_a_model_on_cuda() -> None:
+    made = case("bert")
+    batches = batched(made.examples, 3)
+    directions = fs.random_directions(made.model, 2, seed=0)
+    mask = fs.random_fraction(made.model, 0.5, seed=0)
+    wanted = fs.scan_landscape(made.model, batches, directions=directions, mask=mask, points=3, progress=False)
+    made.model.to("cuda")
+    found = fs.scan_landscape(made.model, batches, directions=directions, mask=mask, points=3, progress=False)
+    torch.testing.assert_close(torch.tensor(found.loss), torch.tensor(wanted.loss), rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize("settings", [{"estimator": "sampled", "draws": 2}, {"unit": "token"}], ids=str)
 def test_estimators_on_cuda_equal_those_on_the_cpu(settings: dict) -> None:
     """Also the drawn labels: they come from the CPU's generator."""

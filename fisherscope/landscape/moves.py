@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -142,7 +142,7 @@ def _in_words(scores: FisherScores) -> str:
 def given_space(
     directions: Literal["random"] | Sequence[Direction] | Subspace, model: nn.Module, axes: int
 ) -> Subspace | None:
-    """Directions that were given, checked; None for random ones.
+    """Directions that were given, checked and on the model's device; None for random ones.
 
     Raises:
         ValueError: If there is not one per axis, or one does not fit the model.
@@ -167,7 +167,8 @@ def given_space(
             raise ValueError(f"A direction has '{name}' of shape {tuple(tensor.shape)}, but the model has {found}.")
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"A direction needs finite values, but '{name}' holds others; make it again.")
-    return space
+    moved = tuple({name: t.to(parameters[name].device) for name, t in d.items()} for d in space.directions)
+    return replace(space, directions=moved)
 
 
 def _are_same(moves: Sequence[Direction], given: Sequence[Direction]) -> bool:
