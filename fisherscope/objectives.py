@@ -142,7 +142,7 @@ def predict(model: nn.Module, batch: Batch, objective: str | LossFunction) -> Pr
     if objective == "causal-lm":
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     if objective == "seq2seq-lm" and "decoder_input_ids" not in batch:
-        if head := _output_embeddings(model):  # before the decoder reads them
+        if head := output_embeddings(model):  # before the decoder reads them
             _check_labels(labels, len(head.weight), "labels of the vocabulary")
         batch["decoder_input_ids"] = _shifted_right(model, labels)
     return _tokens(model, batch, labels, "labels of the vocabulary" if is_language_model(objective) else "class labels")
@@ -169,7 +169,7 @@ def reference_losses(model: nn.Module, batches: Iterable[Batch], objective: str 
     labels = torch.cat([torch.zeros(0, dtype=torch.long), *(_scored(batch, objective).cpu() for batch in batches)])
     shares = labels.unique(return_counts=True)[1].double() / max(len(labels), 1)
     references = {"unigram": float(-(shares * shares.log()).sum())}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_embeddings(model)
     return references if head is None else {"uniform": math.log(head.weight.shape[0]), **references}
 
 
@@ -214,7 +214,8 @@ def _check_inputs(model: nn.Module, batch: Batch) -> None:
             )
 
 
-def _output_embeddings(model: nn.Module) -> Any:
+def output_embeddings(model: nn.Module) -> Any:
+    """The projection of a language model to its vocabulary; None of a model without one."""
     return _embeddings(model, "get_output_embeddings")
 
 
@@ -346,7 +347,7 @@ def _head_sees_only(model: nn.Module, positions: Int[Tensor, "examples scored"],
         state.selected = True
         return (_take(args[0], positions), *args[1:])
 
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_embeddings(model)
     handle = head.register_forward_pre_hook(select) if head is not None else None
     try:
         yield state

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .. import storage
 from ..models import device_of, measuring, new_parameters, num_positions, quiet_transformers
+from ..objectives import output_embeddings
 from .methods.fixed_mask import new_names
 from .parts import forward_replaced, frozen, innermost
 from .regularizer import Applied, Regularizer
@@ -117,7 +118,7 @@ def head_names(model: nn.Module) -> set[str]:
 
     The head of a language model came with the checkpoint, and is not among them.
     """
-    has_vocabulary = getattr(model, "get_output_embeddings", lambda: None)() is not None
+    has_vocabulary = output_embeddings(model) is not None
     new = set(new_parameters(model)) if has_vocabulary else new_names(model)
     return {name for name, _ in model.named_parameters() if {name, name.replace(".base_layer.", ".")} & new}
 

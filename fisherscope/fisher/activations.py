@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..models import measuring
-from ..objectives import Predictions, is_language_model
+from ..objectives import Predictions, is_language_model, output_embeddings
 from .estimand import Estimand
 
 
@@ -107,7 +107,7 @@ def _predictions(
     """What the engine has after the forward pass: logits at ``width`` tokens per example, or some output if None."""
     if width is None:
         return _some_label(torch.func.functional_call(model, state, (), inputs)[0])
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_embeddings(model)
     with ExitStack() as hooks:
         if head is not None:
             hooks.callback(head.register_forward_pre_hook(lambda _, args: (args[0][:, :width].clone(),)).remove)
