@@ -271,6 +271,43 @@ def sizes(runs: "Sequence[Arm]", reference: str, metric: str | None, which: "Whi
     """
     given = _arms(runs, "run_sizes")
     comparison, groups = _compared(given, reference, metric, which)
+    x_of = _places_of_sizes(list(groups))
+    placed = {group: rows for group, rows in groups.items() if group.train_size in x_of}
+    by_task: dict[tuple[str, str], list[Row]] = {}
+    for group, rows in placed.items():
+        by_task.setdefault((group.model, group.task), []).extend(rows)
+    if max((len({row.group for row in rows}) for rows in by_task.values()), default=0) < 2:
+        shown = ", ".join(dict.fromkeys(group.size for group in groups))
+        raise ValueError(
+            f"A figure of sizes needs runs of at least two training sizes of one task, got {shown}; run the others, or "
+            "draw these as boxes."
+        )
+    everyone = _names(groups, reference)
+    names = _with_lines(everyone, reference, placed)
+    models = {model for model, _ in by_task}
+    panels = []
+    for (model, task), rows in by_task.items():
+        title = task if len(models) == 1 else f"{task}, {model}"
+        lines = (_size_line(name, rows, x_of) for name in names)
+        label = _metric_label(rows[0].metric, _arm(given, rows[0]))
+        panels.append(SizePanel(title, label, tuple(line for line in lines if len(line.x))))
+    unplaced = len(placed) < len(groups)
+    without = [name for name in everyone if name not in names]
+    notes = [
+        "Lines: mean over seeds; bars: 95 % t interval of that mean.",
+        _epoch_note(comparison),
+        *(["Without the runs on all training examples, as they do not say how many these are."] if unplaced else []),
+        *([f"Without {', '.join(without)}: one size only."] if without else []),
+        *([f"Model: {name}." for name in models] if len(models) == 1 else []),
+        *(["Lines are moved sideways, by 8 % at most, so that bars cover each other less."] if len(names) > 1 else []),
+    ]
+    ticks = tuple(sorted({x_of[group.train_size] for group in placed}))
+    x_label = "share of the training examples" if None in x_of else "training examples"
+    return Sizes(names, tuple(panels), ticks, x_label, tuple(notes))
+
+
+def _places_of_sizes(groups: "Sequence[Group]") -> dict[float | None, float]:
+    """Where every training size stands on the axis; all examples (None) are at 1 among shares, and nowhere else."""
     found = {group.train_size for group in groups if group.train_size is not None}
     are_shares = {size < 1 for size in found}
     if len(are_shares) > 1:
@@ -278,55 +315,22 @@ def sizes(runs: "Sequence[Arm]", reference: str, metric: str | None, which: "Whi
             "A figure of sizes needs training sizes of one kind, got numbers of examples and shares of all "
             f"({', '.join(f'{size:g}' for size in sorted(found))}); draw them in separate figures."
         )
-    notes = [
-        "Lines: mean over seeds; bars: 95 % t interval of that mean.",
-        _epoch_note(comparison),
-    ]
-    if are_shares == {True}:
-        x_of: Mapping[int | float | None, float] = {size: float(size or 1.0) for size in [*found, None]}
-    else:
-        x_of = {size: float(size) for size in found}
-        if any(group.train_size is None for group in groups):
-            notes.append("Without the runs on all training examples, as they do not say how many these are.")
-    by_task: dict[tuple[str, str], list[Group]] = {}
-    for group in groups:
-        if group.train_size in x_of:
-            by_task.setdefault((group.model, group.task), []).append(group)
-    if max(map(len, by_task.values()), default=0) < 2:
-        shown = ", ".join(dict.fromkeys(group.size for group in groups))
+    places: dict[float | None, float] = {size: float(size) for size in found}
+    return {**places, None: 1.0} if are_shares == {True} else places
+
+
+def _with_lines(names: Sequence[str], reference: str, groups: "Mapping[Group, Sequence[Row]]") -> tuple[str, ...]:
+    """The reference, and the arms that have several training sizes."""
+    number = Counter(
+        name for name, _ in {(row.arm, group.train_size) for group, rows in groups.items() for row in rows}
+    )
+    kept = tuple(name for name in names if name == reference or number[name] > 1)
+    if len(kept) > STYLES:
         raise ValueError(
-            f"A figure of sizes needs runs of at least two training sizes of one task, got {shown}; run the others, or "
-            "draw these as boxes."
-        )
-    everyone = _names(groups, reference)
-    placed = {(row.arm, group.train_size) for group, rows in groups.items() if group.train_size in x_of for row in rows}
-    number = Counter(name for name, _ in placed)
-    names = tuple(name for name in everyone if name == reference or number[name] > 1)
-    if len(names) < len(everyone):
-        notes.append(f"Without {', '.join(name for name in everyone if name not in names)}: one size only.")
-    if len(names) > STYLES:
-        raise ValueError(
-            f"A figure of sizes needs at most {STYLES} methods, as it has so many kinds of lines, got {len(names)}; "
+            f"A figure of sizes needs at most {STYLES} methods, as it has so many kinds of lines, got {len(kept)}; "
             "leave folders out, or draw these as boxes."
         )
-    models = {model for model, _ in by_task}
-    panels = []
-    for (model, task), ones in by_task.items():
-        rows = [row for one in ones for row in groups[one]]
-        lines = tuple(
-            _size_line(name, [row for row in rows if row.arm == name], x_of)
-            for name in names
-            if any(row.arm == name and row.summary.mean is not None for row in rows)
-        )
-        title = task if len(models) == 1 else f"{task}, {model}"
-        panels.append(SizePanel(title, _metric_label(rows[0].metric, _arm(given, rows[0])), lines))
-    if len(models) == 1:
-        notes.append(f"Model: {models.pop()}.")
-    if len(names) > 1:
-        notes.append("Lines are moved sideways, by 8 % at most, so that bars cover each other less.")
-    ticks = tuple(sorted({x_of[one.train_size] for ones in by_task.values() for one in ones}))
-    x_label = "share of the training examples" if are_shares == {True} else "training examples"
-    return Sizes(names, tuple(panels), ticks, x_label, tuple(notes))
+    return kept
 
 
 def side_step(number: int, count: int) -> float:
@@ -583,8 +587,9 @@ def _box_row(arm: "Arm", metric: str, which: "Which") -> BoxRow:
     return BoxRow(values, seeds, failed, len(failures), len(trained), (low, middle, high), whiskers)
 
 
-def _size_line(name: str, rows: "Sequence[Row]", x_of: Mapping[int | float | None, float]) -> SizeLine:
-    ordered = sorted((row for row in rows if row.summary.mean is not None), key=lambda row: x_of[row.group.train_size])
+def _size_line(name: str, rows: "Sequence[Row]", x_of: Mapping[float | None, float]) -> SizeLine:
+    mine = [row for row in rows if row.arm == name and row.summary.mean is not None]
+    ordered = sorted(mine, key=lambda row: x_of[row.group.train_size])
     means = np.array([row.summary.mean for row in ordered], dtype=np.float64)
     reach = np.array([_reach(row.summary.std, row.summary.measured) for row in ordered])
     return SizeLine(
