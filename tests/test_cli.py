@@ -274,6 +274,8 @@ def test_errors_are_one_sentence(
 ) -> None:
     out = ["--out", tmp_path / "out.h5"]
     assert "points must be odd" in refused(capsys, "landscape", *flags, "--points", "4", *out)
+    no_model = ["landscape", "--model", tmp_path / "none", "--data", "builtin:docs"]
+    assert "span must be a positive number" in refused(capsys, *no_model, "--span", "0", *out)  # before it is loaded
     assert "There is no file" in refused(capsys, "info", tmp_path / "none.h5")
     assert "no built-in model 'builtin:none'" in refused(
         capsys, "fisher", "--model", "builtin:none", "--data", "builtin:docs", *out

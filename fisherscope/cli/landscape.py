@@ -116,7 +116,7 @@ def _scan(args: argparse.Namespace) -> None:
 
     axes = args.axes or (1 if args.directions in ("between", "steepest") else 2)
     points = args.points * axes if len(args.points) == 1 else args.points
-    grid_steps(axes, points, _given_span(args, axes) or 1.0)  # what is wrong with them is known at once
+    grid_steps(axes, points, _span(args, None, axes, points))  # what is wrong with them is known at once
     mask = Mask.load(args.mask) if args.mask else None
     scores = FisherScores.load(args.scores) if args.scores else None
     model, batches, objective = load(args)
