@@ -524,6 +524,12 @@ def test_weights_of_0_have_unit_eigenvectors():
     assert float(vector.norm()) == pytest.approx(1, rel=1e-12)
 
 
+def test_a_curvature_of_0_has_no_eigenvectors():
+    loss = Quadratic(torch.zeros(4, 4, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="a curvature that is not 0 everywhere"):
+        top_eigenvectors(Bowl([1.0] * 4), OFFSETS, 1, objective=loss)
+
+
 def test_landscape_along_eigenvectors_of_a_quadratic():
     curvature, loss = bowl(5, [-9.0, 1.0, 4.0, 2.0, 7.5])
     loss.slope.zero_()

@@ -579,6 +579,14 @@ def test_forgetting_is_measured_on_the_device_of_the_run(monkeypatch):
     assert asked == ["cpu"]
 
 
+def test_forgetting_needs_something_to_score(monkeypatch):
+    from fisherscope.finetune import forgetting
+
+    monkeypatch.setattr(forgetting, "load_batches", lambda *args, **settings: [])
+    with pytest.raises(ValueError, match="something to score, but those of short have none"):
+        forgetting.pretraining_loss("builtin:bert", "short", device="cpu")
+
+
 def test_an_exception_ends_the_progress_bar(monkeypatch):
     """So that the message is on a line of its own."""
     ended = []

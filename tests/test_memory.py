@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from conftest import Case, batched, built, causal_example, classified_example, masked_example, untouched
 from torch import Tensor, nn
 
@@ -206,6 +207,17 @@ class Asking(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=self.table(input_ids) * float(self.table.weight.sum()))
+
+
+def test_the_length_that_roberta_allows_leaves_out_rows_that_are_no_positions():
+    config = transformers.RobertaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        max_position_embeddings=18, pad_token_id=1,
+    )  # fmt: skip
+    model = transformers.RobertaForMaskedLM(config)
+    assert plan_memory(model, batch_size=1, length=16, objective="mlm").length == 16
+    with pytest.raises(ValueError, match="length must be at most 16"):
+        plan_memory(model, batch_size=1, length=17, objective="mlm")
 
 
 @pytest.mark.parametrize(

@@ -311,6 +311,18 @@ def test_the_penalty_is_the_formula():
     torch.testing.assert_close(term, torch.tensor([2 * expected, 3 * expected], dtype=torch.float64))
 
 
+def test_a_second_model_is_checked_too():
+    method = L2SP({"w": torch.ones(2)}, alpha=1.0)
+
+    def pull(model: nn.Module) -> Tensor | None:
+        with method.applied_to(model, SGD(model.parameters(), lr=0.1)):
+            return method.penalty(model, {}, nothing())
+
+    torch.testing.assert_close(pull(Scalars(w=torch.zeros(2))), torch.ones(1, dtype=torch.float64))
+    with pytest.raises(ValueError, match="The anchor does not fit this model"):
+        pull(Scalars(w=torch.zeros(3)))
+
+
 def test_the_penalty_begins_at_zero(encoder: Case):
     """The first step is plain, bit for bit, where the head has no penalty."""
     method = L2SP(backbone_values(encoder.model), alpha=10.0, beta=0.0)

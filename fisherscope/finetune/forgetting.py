@@ -30,7 +30,7 @@ def pretraining_loss(
         trained: A model of the same backbone whose weights the backbone gets; the head keeps its own.
 
     Raises:
-        ValueError: If the checkpoint was saved without a head.
+        ValueError: If the checkpoint was saved without a head, or no text has a token to score.
     """
     device = device if trained is None else str(next(trained.parameters()).device)
     model, tokenizer = load_model(name, revision=revision, device=device)
@@ -43,4 +43,6 @@ def pretraining_loss(
         for batch in batches:
             losses = example_losses(model, batch, objective)
             total, count = total + float(losses.total.sum()), count + int(losses.count.sum())
+    if not count:
+        raise ValueError(f"Measuring forgetting needs texts with something to score, but those of {data} have none.")
     return total / count

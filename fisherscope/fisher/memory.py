@@ -222,8 +222,8 @@ def _check_sizes(model: nn.Module, batch_size: int, length: int) -> None:
     for name, value in (("batch_size", batch_size), ("length", length)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}.")
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < length:
+    positions = models.num_positions(model)
+    if positions is not None and positions < length:
         raise ValueError(f"length must be at most {positions}, which is what the model allows; got {length}.")
 
 

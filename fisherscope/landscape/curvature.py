@@ -240,10 +240,15 @@ def eigenpairs(
         tolerance: Relative accuracy of the eigenvalues.
 
     Raises:
-        ValueError: If there are fewer entries than eigenvalues asked for.
+        ValueError: If there are fewer entries than eigenvalues asked for, or the matrix is 0.
         RuntimeError: If they are not found within 100 restarts.
     """
-    values, vectors = _largest(curvature.product, _start(curvature.size, seed), count, "LA", tolerance)
+    start = _start(curvature.size, seed)
+    if not curvature.product(start).any():
+        raise ValueError(
+            "Eigenvectors need a curvature that is not 0 everywhere; take another mask, other data or other directions."
+        )
+    values, vectors = _largest(curvature.product, start, count, "LA", tolerance)
     signs = np.sign(np.take_along_axis(vectors, np.abs(vectors).argmax(0)[None], 0))
     return values, [curvature.unpack(vector) for vector in (vectors * signs).T]
 

@@ -63,6 +63,7 @@ class L2SP(Regularizer):
         Raises:
             ValueError: If the anchor or the scores do not fit the model.
         """
+        self._placed.pop(next(model.parameters()).device, None)  # it may be of a model before
         self._terms(model)
         return super().applied_to(model, optimizer)
 
