@@ -1,6 +1,7 @@
 """Fisher scores: one non-negative number per entry of a model, and how they were made."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import distributed, storage
-from ._typing import Float
+from ._typing import Float, Int
 from .models import layer_of
 from .stability import Quarters
 
@@ -21,6 +22,9 @@ FORMAT = "fisherscope.scores"
 Estimator = Literal["empirical", "sampled", "exact", "squared-batch-mean", "absolute-gradient"]
 Unit = Literal["sequence", "token"]
 Reduction = Literal["mean", "sum"]
+
+_PIECE = 2**20
+"""Entries looked at in one go."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,12 +118,9 @@ class FisherScores(Mapping[str, Tensor]):
 
         Parameters that were drawn at random are left out. NaN if all others are 0, or there are none.
         """
-        kept = [score.flatten() for name, score in self.items() if name not in self.new_parameters]
-        if not any(bool(score.any()) for score in kept):
-            return float("nan")
-        flat = torch.cat(kept).sort(descending=True).values
-        held = flat.cumsum(0, dtype=torch.float64)
-        return (int(torch.searchsorted(held, share * held[-1])) + 1) / len(flat)
+        kept = [score for name, score in self.items() if name not in self.new_parameters]
+        count = _count_holding(kept, share)
+        return count / sum(score.numel() for score in kept) if count else float("nan")
 
     def stability(self, fraction: float) -> float:
         """The expected overlap of the mask of the top ``fraction`` with that of a fresh draw of as many examples.
@@ -276,6 +277,47 @@ def _summary(scores: FisherScores, group: str, names: Sequence[str], whole: floa
 
 def _sum(score: Tensor) -> float:
     return float(score.sum(dtype=torch.float64))
+
+
+def _count_holding(scores: Sequence[Tensor], share: float) -> int:
+    """How many of the highest entries it takes to hold a share of the sum of all; 0 if that is 0.
+
+    Numbers that are not negative are in the order of their bit patterns. These are narrowed down from the highest 16
+    bits to the lowest, with one pass over the entries for each 16, so that nothing is sorted or copied as a whole.
+    """
+    dtype = torch.float64 if any(score.dtype == torch.float64 for score in scores) else torch.float32
+    shifts = range(8 * dtype.itemsize - 16, -1, -16)
+    target, above, held, prefix, equal, together = 0.0, 0, 0.0, 0, 0, 0.0
+    for shift in shifts:
+        counts, sums = _by_digit(scores, dtype, shift, prefix)
+        filled = sums.nonzero().squeeze(1).flip(0)
+        if not len(filled):
+            return 0
+        reached = held + sums[filled].cumsum(0)
+        target = share * float(reached[-1]) if shift == shifts[0] else target
+        place = min(int(torch.searchsorted(reached, target)), len(filled) - 1)
+        above += int(counts[filled[:place]].sum())
+        held = float(reached[place - 1]) if place else held
+        equal, together = int(counts[filled[place]]), float(sums[filled[place]])
+        prefix = prefix << 16 | int(filled[place])
+    return above + min(max(math.ceil((target - held) / (together / equal)), 1), equal)
+
+
+def _by_digit(
+    scores: Sequence[Tensor], dtype: torch.dtype, shift: int, prefix: int
+) -> tuple[Int[Tensor, "65536"], Float[Tensor, "65536"]]:
+    """Number and sum of the entries by the 16 bits above ``shift``, of those whose higher bits are ``prefix``."""
+    counts, sums = torch.zeros(2**16, dtype=torch.int64), torch.zeros(2**16, dtype=torch.float64)
+    whole = {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
+    for score in scores:
+        for piece in score.flatten().split(_PIECE):
+            values = piece.to("cpu", dtype).abs()  # a zero may have a sign
+            digits = values.view(whole) >> shift
+            inside = digits >> 16 == prefix
+            digits, values = (digits[inside] & 0xFFFF), values[inside]
+            counts += digits.bincount(minlength=2**16)
+            sums += digits.bincount(values.double(), minlength=2**16)
+    return counts, sums
 
 
 def by_layer(scores: FisherScores, *, include_new: bool = False) -> dict[str, float]:

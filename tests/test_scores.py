@@ -15,8 +15,10 @@ import torch
 from conftest import batched, case, contents
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from fisherscope import storage
+from fisherscope._machine import forget_peak, peak_memory
 from fisherscope.fisher import estimate_fisher
 from fisherscope.scores import FisherScores, by_layer, summarize
 
@@ -238,3 +240,46 @@ def test_share_of_entries_that_holds_a_share_of_the_scores():
     assert math.isnan(FisherScores({"a": torch.zeros(3)}, num_examples=1).share_holding(0.5))
     drawn = {"model": {"new_parameters": ["a"]}}
     assert math.isnan(FisherScores({"a": torch.ones(3)}, num_examples=1, provenance=drawn).share_holding(0.5))
+
+
+def sorted_share_holding(kept: list[Tensor], share: float) -> float:
+    """By the definition: the sums of the highest, all of them."""
+    held = torch.cat([score.flatten().double() for score in kept]).sort(descending=True).values.cumsum(0)
+    return (int(torch.searchsorted(held, share * held[-1])) + 1) / len(held)
+
+
+@pytest.mark.parametrize("dtypes", [[torch.float32] * 2, [torch.float64] * 2, [torch.float32, torch.float64]])
+@given(
+    st.lists(st.sampled_from([0, 0, 1, 1, 2, 3, 4096, 4097, 2**20, 2**20 + 1, 2**24 - 1]), min_size=4, max_size=40),
+    st.integers(-140, 90),
+    st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]),
+)
+def test_share_that_holds_is_that_of_the_sorted_entries(
+    dtypes: list[torch.dtype], values: list[int], exponent: int, share: float
+):
+    scaled = [math.ldexp(value, exponent) for value in values]
+    tensors = {n: torch.tensor(scaled[k::2], dtype=d) for k, (n, d) in enumerate(zip("ab", dtypes, strict=True))}
+    expected = sorted_share_holding(list(tensors.values()), share) if any(values) else float("nan")
+    tensors["new"] = torch.full((5,), 1e30)
+    scores = FisherScores(tensors, 1, provenance={"model": {"new_parameters": ["new"]}})
+    assert scores.share_holding(share) == pytest.approx(expected, abs=0, nan_ok=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_share_that_holds_of_scores_over_many_orders_of_magnitude(dtype: torch.dtype):
+    draw = torch.Generator().manual_seed(1)
+    flat = torch.randn(30_000, generator=draw, dtype=dtype).mul(4).exp() * (torch.rand(30_000, generator=draw) > 0.4)
+    flat[0] = -0.0
+    scores = FisherScores({"a": flat[:20_000].view(100, 200).T, "b": flat[20_000:]}, 1)
+    for share in (0.1, 0.5, 0.9, 0.999):
+        assert scores.share_holding(share) == sorted_share_holding(list(scores.values()), share)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is that of the life of the process")
+def test_share_that_holds_takes_little_memory_however_many_entries():
+    scores = FisherScores({"a": torch.rand(2**24, generator=torch.Generator().manual_seed(0))}, 1)
+    cpu = torch.device("cpu")
+    forget_peak(cpu)
+    before = peak_memory(cpu)
+    scores.share_holding(0.5)
+    assert peak_memory(cpu) - before < 4 * 2**24
