@@ -10,7 +10,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from ._typing import Float
-from .masks import Mask, top_fraction
+from .masks import Mask, highest_units
 from .models import layer_of
 from .scores import By, FisherScores
 from .stability import sampled_positions
@@ -176,10 +176,7 @@ def _place(name: str, noun: FisherScores | Mask) -> str:
 
 
 def _masks(pairs: Pairs, fraction: float, within: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
-    first, second = (
-        top_fraction(FisherScores(side, 1), fraction, within=within)  # pyright: ignore[reportArgumentType]
-        for side in (pairs.first, pairs.second)
-    )
+    first, second = (highest_units(side, fraction, within, "entry", [])[0] for side in (pairs.first, pairs.second))
     return first, second
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import h5py
 import torch
@@ -195,16 +195,14 @@ def top_fraction(
         within: The group: the whole ``"model"``, every ``"layer"``, or every ``"parameter"``.
         granularity: The unit: a single ``"entry"``, a ``"row"`` (output unit or embedded token) or a whole
             ``"parameter"``. Rows and parameters are ranked by the mean score of their entries. Ties are broken by
-            position.
+            position; where they are of score 0, one warning says so.
         include: Shell patterns of parameter names to choose from; None means all.
         exclude: Shell patterns of parameter names to leave out.
 
     Raises:
         ValueError: If ``fraction`` is outside [0, 1], an option is unknown, or a pattern matches no parameter.
     """
-    chosen = _considered(scores, include, exclude)
-    transposed = scores.provenance.get("model", {}).get("transposed", [])
-    tensors = _select({name: scores[name] for name in chosen}, fraction, within, granularity, transposed)
+    tensors = _ranked(scores, fraction, within, granularity, include, exclude)
     rule = f"top {fraction:g} of {_plural(granularity)} within {within}"
     return _finish(scores, tensors, _mask_provenance(scores, rule, include, exclude))
 
@@ -223,8 +221,7 @@ def bottom_fraction(
     Arguments and errors are those of :func:`top_fraction`.
     """
     _check_fraction(fraction)
-    top = top_fraction(scores, 1 - fraction, within=within, granularity=granularity, include=include, exclude=exclude)
-    tensors = {name: ~top[name] for name in _considered(scores, include, exclude)}
+    tensors = _ranked(scores, 1 - fraction, within, granularity, include, exclude, complement=True)
     rule = f"bottom {fraction:g} of {_plural(granularity)} within {within}"
     return _finish(scores, tensors, _mask_provenance(scores, rule, include, exclude))
 
@@ -246,9 +243,9 @@ def sharma2024(scores: FisherScores, select: Literal["top", "bottom"] = "top") -
     if select not in ("top", "bottom"):
         raise ValueError(f"select must be 'top' or 'bottom' for the published masks, got {select!r}.")
     count = len(scores) - len(scores) // 2
-    top = top_fraction(scores, count / len(scores), granularity="parameter")
+    share, complement = count / len(scores), select == "bottom"
+    chosen = _ranked(scores, share, "model", "parameter", None, None, complement=complement)
     rule = f"{select} half of the parameters by mean score (sharma2024)"
-    chosen = top.tensors if select == "top" else {name: ~tensor for name, tensor in top.items()}
     return Mask(chosen, _mask_provenance(scores, rule, None, None))
 
 
@@ -293,7 +290,7 @@ def random_fraction(
         for name in names
     }
     drawn = {name: u.expand(shapes[name].shape) for name, u in units.items()}
-    tensors = _select(drawn, fraction, stratify or "model", granularity, transposed)
+    tensors, _ = highest_units(drawn, fraction, stratify or "model", granularity, transposed)
     rule = f"random {fraction:g} of {_plural(granularity)} within {stratify or 'model'}, seed {seed}"
     provenance = storage.provenance(model=origin.get("model", {}), rule=rule, include=include, exclude=exclude)
     return _finish(shapes, tensors, provenance)
@@ -319,6 +316,32 @@ def random_like(mask: Mask, *, seed: int) -> Mask:
     rule = f"as many random entries of every parameter as in ({mask.provenance.get('rule', 'a mask')}), seed {seed}"
     provenance = storage.provenance(model=mask.provenance.get("model", {}), rule=rule)
     return Mask({name: drawn(selected) for name, selected in mask.items()}, provenance)
+
+
+def _ranked(
+    scores: FisherScores,
+    fraction: float,
+    within: str,
+    granularity: str,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    *,
+    complement: bool = False,
+) -> dict[str, Tensor]:
+    """The highest units of the parameters considered, or the others; one warning if scores do not tell these apart."""
+    chosen = {name: scores[name] for name in _considered(scores, include, exclude)}
+    transposed = scores.provenance.get("model", {}).get("transposed", [])
+    top, zeros = highest_units(chosen, fraction, within, granularity, transposed)
+    if zeros.are_cut:
+        logger.warning(
+            "The cut of this mask falls among %s of score 0: there are %s, of which it takes %s by their position, "
+            "which means nothing; estimate the scores from more examples, take a %s fraction or exclude parameters.",
+            _plural(granularity),
+            f"{zeros.units:,}",
+            f"{zeros.units - zeros.among_highest if complement else zeros.among_highest:,}",
+            "larger" if complement else "smaller",
+        )
+    return {name: ~tensor for name, tensor in top.items()} if complement else top
 
 
 def _finish(like: Mapping[str, Tensor], selected: Mapping[str, Tensor], provenance: dict[str, Any]) -> Mask:
@@ -359,10 +382,18 @@ def _check_fraction(fraction: float) -> None:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction}.")
 
 
-def _select(
+class Zeros(NamedTuple):
+    """Units of score 0: how many, how many of them are among the highest, and whether position decided which."""
+
+    units: int
+    among_highest: int
+    are_cut: bool
+
+
+def highest_units(
     scores: Mapping[str, Tensor], fraction: float, within: str, granularity: str, transposed: Sequence[str]
-) -> dict[str, Tensor]:
-    """The highest units of every group, spread over the entries of the unit."""
+) -> tuple[dict[str, Tensor], Zeros]:
+    """The highest units of every group, spread over the entries of the unit, and what became of those of score 0."""
     _check_fraction(fraction)
     if within not in ("model", "layer", "parameter"):
         raise ValueError(f"within must be 'model', 'layer' or 'parameter', got {within!r}.")
@@ -371,13 +402,20 @@ def _select(
         group = {"model": "", "layer": layer_of(name), "parameter": name}[within]
         groups.setdefault(group, []).append(name)
     selected: dict[str, Tensor] = {}
+    zeros = Zeros(0, 0, False)
     for names in groups.values():
         units = {name: _unit_means(scores[name], granularity, row_axis(name, list(transposed))) for name in names}
         flat = torch.cat([unit.flatten() for unit in units.values()])
-        pieces = highest(flat, round(fraction * flat.numel())).split([unit.numel() for unit in units.values()])
+        count, size, positive = round(fraction * flat.numel()), flat.numel(), int(flat.count_nonzero())
+        zeros = Zeros(
+            zeros.units + size - positive,
+            zeros.among_highest + max(count - positive, 0),
+            zeros.are_cut or positive < count < size,
+        )
+        pieces = highest(flat, count).split([unit.numel() for unit in units.values()])
         for (name, unit), piece in zip(units.items(), pieces, strict=True):
             selected[name] = piece.view(unit.shape).expand(scores[name].shape).clone()
-    return selected
+    return selected, zeros
 
 
 def _unit_means(scores: Tensor, granularity: str, axis: int) -> Tensor:

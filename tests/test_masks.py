@@ -1,9 +1,11 @@
 """Masks: laws of selection and of set algebra, files, and which models a mask fits."""
 
+import contextlib
 import itertools
 import json
+import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,20 @@ def masks() -> st.SearchStrategy[Mask]:
 
 def same(a: Mask | dict[str, Tensor], b: Mask | dict[str, Tensor]) -> bool:
     return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@contextlib.contextmanager
+def logged() -> Iterator[list[str]]:
+    """What the masks say meanwhile."""
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())
+    logger = logging.getLogger("fisherscope.masks")
+    logger.addHandler(handler)
+    try:
+        yield lines
+    finally:
+        logger.removeHandler(handler)
 
 
 def selected_units(mask: Mask, granularity: str) -> dict[str, tuple[int, int]]:
@@ -123,6 +139,40 @@ def test_ties_go_to_the_first_positions(fraction: float):
     flat = torch.cat([tensor.flatten() for tensor in top_fraction(scores_of([12] * SIZE), fraction).values()])
     count = round(fraction * SIZE)
     assert flat.tolist() == [True] * count + [False] * (SIZE - count)
+
+
+@pytest.mark.parametrize(("within", "granularity"), CHOICES)
+@pytest.mark.parametrize("choose", [top_fraction, bottom_fraction])
+@given(scores=scores_with_ties, fraction=fractions)
+def test_a_cut_among_zeros_is_told(
+    choose: Callable[..., Mask], within: str, granularity: str, scores: FisherScores, fraction: float
+):
+    with logged() as lines:
+        mask = choose(scores, fraction, within=within, granularity=granularity)
+    groups: dict[str, list[tuple[bool, bool]]] = {}
+    for name, score in scores.items():
+        for index in reference._units(score, granularity, name in COLUMNS):
+            unit = bool(score[index].any()), bool(mask[name][index].all())
+            groups.setdefault(GROUPS[within](name), []).append(unit)
+    taken = {group: [chosen for scored, chosen in units if not scored] for group, units in groups.items()}
+    split = {len({*chosen}) == 2 for chosen in taken.values()}  # equal units, some chosen and some not
+    assert len(lines) == (True in split)
+    zeros = [chosen for group in taken.values() for chosen in group]
+    assert all(f"there are {len(zeros)}, of which it takes {sum(zeros)} by their position" in line for line in lines)
+
+
+def test_advice_where_the_cut_falls_among_zeros(caplog: pytest.LogCaptureFixture):
+    scores = FisherScores({"a": torch.cat([torch.zeros(3000), torch.ones(1000)])}, 1)
+    top_fraction(scores, 0.5)
+    bottom_fraction(scores, 0.5)
+    random_fraction(scores, 0.5, seed=0)
+    sharma2024(scores)
+    assert [record.message for record in caplog.records] == [
+        f"The cut of this mask falls among entries of score 0: there are 3,000, of which it takes {taken} by their "
+        f"position, which means nothing; estimate the scores from more examples, take a {size} fraction or exclude "
+        "parameters."
+        for taken, size in (("1,000", "smaller"), ("2,000", "larger"))
+    ]
 
 
 def test_rows_of_a_transposed_weight_are_columns():
