@@ -118,9 +118,22 @@ class FisherScores(Mapping[str, Tensor]):
 
         Parameters that were drawn at random are left out. NaN if all others are 0, or there are none.
         """
-        kept = [score for name, score in self.items() if name not in self.new_parameters]
+        kept = self._pretrained()
         count = _count_holding(kept, share)
         return count / sum(score.numel() for score in kept) if count else float("nan")
+
+    @property
+    def zero_share(self) -> float:
+        """The share of the entries whose score is 0, which no mask can tell apart.
+
+        Parameters that were drawn at random are left out. NaN if there are no others.
+        """
+        kept = self._pretrained()
+        entries = sum(score.numel() for score in kept)
+        return 1 - sum(int(score.count_nonzero()) for score in kept) / entries if entries else float("nan")
+
+    def _pretrained(self) -> list[Tensor]:
+        return [score for name, score in self.items() if name not in self.new_parameters]
 
     def stability(self, fraction: float) -> float:
         """The expected overlap of the mask of the top ``fraction`` with that of a fresh draw of as many examples.

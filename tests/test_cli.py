@@ -192,6 +192,11 @@ def test_info_tables(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFix
     capsys.readouterr()
     assert run("info", path, "--by", "parameter", "--out", table) == 0
     lines = capsys.readouterr().out.splitlines()
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    assert lines[0] == (
+        f"{scores}; {100 * scores.share_holding(0.5):.3g} % of the entries hold half of the summed scores, "
+        f"{100 * float((flat == 0).double().mean()):.3g} % have score 0"  # of positions that no text reaches
+    )
     assert f"25 %: {scores.stability(0.25):.3f}" in lines[1]
     with open(table, encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

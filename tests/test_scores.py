@@ -283,3 +283,11 @@ def test_share_that_holds_takes_little_memory_however_many_entries():
     before = peak_memory(cpu)
     scores.share_holding(0.5)
     assert peak_memory(cpu) - before < 4 * 2**24
+
+
+def test_share_of_entries_with_score_0():
+    drawn = {"model": {"new_parameters": ["c"]}}
+    tensors = {"a": torch.tensor([0.0, 1e-45]), "b": torch.tensor([[-0.0, 2.0]]), "c": torch.zeros(9)}
+    assert FisherScores(tensors, 1, provenance=drawn).zero_share == 0.5
+    assert made_scores().zero_share == 0
+    assert math.isnan(FisherScores({"c": torch.zeros(9)}, 1, provenance=drawn).zero_share)

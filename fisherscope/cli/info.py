@@ -136,8 +136,10 @@ def load_comparable(path: Path) -> "FisherScores | Mask":
 
 
 def describe_scores(scores: "FisherScores") -> str:
-    """Size, examples, and how concentrated the information is."""
-    return f"{scores}; {100 * scores.share_holding(0.5):.3g} % of the entries hold half of it"
+    """Size, examples, how concentrated the scores are, and how many of them are 0."""
+    holding, zeros = 100 * scores.share_holding(0.5), 100 * scores.zero_share
+    unscored = f", {zeros:.3g} % have score 0" if zeros > 0 else ""
+    return f"{scores}; {holding:.3g} % of the entries hold half of the summed scores{unscored}"
 
 
 def describe_landscape(landscape: "Landscape") -> str:
