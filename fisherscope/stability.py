@@ -92,6 +92,10 @@ class Quarters:
         size = self.sums.shape[1]
         return 0 < round(fraction * size) < size
 
+    def is_cut_among_zeros(self, fraction: float) -> bool:
+        """Whether masks of a fraction take more entries than have a score above 0 in one of the quarters."""
+        return round(fraction * self.sums.shape[1]) > int((self.sums > 0).sum(dim=1).min())
+
     def expected_overlap(self, fraction: float) -> float:
         """The share of a mask's entries that a mask from as many fresh examples would select too (formula above).
 

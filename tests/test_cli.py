@@ -21,9 +21,11 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 import fisherscope as fs
 from fisherscope import cli
 from fisherscope.cli import COMMANDS, main
+from fisherscope.cli.info import describe_stability
 from fisherscope.cli.landscape import _names as names_of
 from fisherscope.comparison import compare
 from fisherscope.landscape import measures
+from fisherscope.stability import Quarters
 
 WORDS = [f"word{i}" for i in range(60)]
 
@@ -214,6 +216,35 @@ def test_info_tables(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFix
     assert "--overwrite" in refused(capsys, "info", path, "--out", table)
     assert table.read_bytes() == before
     assert "ends in .csv" in refused(capsys, "info", path, "--out", tmp_path / "table.txt")
+
+
+def test_too_few_batches_for_the_stability_are_told(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, line = tmp_path / "scores.h5", "no expected overlap of a mask of the top entries with that of a fresh draw: "
+    why = "it needs at least 4 batches with scored examples; give more examples or a smaller --batch-size"
+    assert run("fisher", *flags, "--num-examples", "12", "--out", path) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == line + why
+    assert run("info", path) == 0
+    assert capsys.readouterr().out.splitlines()[1] == line + why
+    with h5py.File(path, "r+") as file:
+        del file["stability"]
+    assert run("info", path) == 0
+    assert capsys.readouterr().out.splitlines()[1] == line + "these scores keep no parts of the examples apart"
+    assert run("fisher", *flags, "--num-examples", "13", "--out", path, "--overwrite") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(line.removeprefix("no "))
+
+
+def test_an_overlap_of_ties_is_told_as_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.rand(4, 100, generator=generator) * (torch.arange(100) < torch.tensor([[40], [60], [60], [60]]))
+    scores = fs.FisherScores({"a": sums.sum(0)}, 8, quarters=Quarters(sums, (2, 2, 2, 2), (0.1, 0.5)))
+    (line,) = describe_stability(scores, 0.4)
+    shown = ", ".join(f"{f} %: {scores.stability(f / 100):.3f}" for f in (10, 40, 50))
+    assert line.split(": ", 1)[1] == (
+        f"{shown} (ties); (ties): fewer entries than that have a score above 0 in a quarter of the examples, so that "
+        "this is the overlap of ties broken by position"
+    )
 
 
 def test_stability_of_a_run_is_drawn(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,12 +39,17 @@ def add_model_and_data_flags(
         default=num_examples,
         help="a random subset of this size" + ("; default: all" if num_examples is None else ""),
     )
-    auto = "; auto: the most that fit" if may_choose else ""
+    effect = (
+        "changes no scores but those of squared-batch-mean; their stability is told from 4 batches on; auto: the most "
+        "that fit"
+        if may_choose
+        else "does not change results"
+    )
     data.add_argument(
         "--batch-size",
         type=batch_size if may_choose else int,
         default=16,
-        help=f"examples at once; does not change results{auto}",
+        help=f"examples at once; {effect}",
     )
     data.add_argument(
         "--max-length", type=int, help="tokens per example; default: 128, or fewer if the model takes fewer"

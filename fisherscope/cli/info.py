@@ -191,13 +191,23 @@ def _renamed(row: dict[str, Any], by: str) -> dict[str, Any]:
 
 
 def describe_stability(scores: "FisherScores", fraction: float) -> list[str]:
-    """How far masks of usual sizes would change, where the file can tell."""
-    if scores.quarters is None or not scores.quarters.are_filled:
-        return []
-    fractions = sorted(f for f in {*scores.quarters.fractions, fraction} if scores.quarters.has_mask_of(f))
-    found = [(f, scores.stability(f)) for f in fractions]
-    shown = ", ".join(f"{100 * f:g} %: {overlap:.3f}" for f, overlap in found)
-    return [f"expected overlap of a mask of the top entries with that of a fresh draw: {shown}"] if found else []
+    """How far masks of usual sizes would change, or why the file cannot tell."""
+    measure, quarters = "expected overlap of a mask of the top entries with that of a fresh draw", scores.quarters
+    if quarters is None:
+        return [f"no {measure}: these scores keep no parts of the examples apart"]
+    if not quarters.are_filled:
+        return [
+            f"no {measure}: it needs at least {len(quarters.num_examples)} batches with scored examples; give more "
+            "examples or a smaller --batch-size"
+        ]
+    fractions = sorted(f for f in {*quarters.fractions, fraction} if quarters.has_mask_of(f))
+    tied = [f for f in fractions if quarters.is_cut_among_zeros(f)]
+    shown = [f"{100 * f:g} %: {scores.stability(f):.3f}{' (ties)' if f in tied else ''}" for f in fractions]
+    explained = (
+        "; (ties): fewer entries than that have a score above 0 in a quarter of the examples, so that this is the "
+        "overlap of ties broken by position"
+    )
+    return [f"{measure}: {', '.join(shown)}{explained if tied else ''}"] if shown else []
 
 
 def _left_out(drawn: Sequence[str]) -> list[str]:
