@@ -108,10 +108,13 @@ def test_main_job_by_commands(flags: list[str], tmp_path: Path, capsys: pytest.C
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*"))
 
 
-def test_classification_on_a_pair_task(folder: Path, tmp_path: Path) -> None:
+def test_classification_on_a_pair_task(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "scores.h5"
     words = ["--model", folder / "model", "--data", folder / "pairs.tsv", "--objective", "classification"]
     assert run("fisher", *words, "--device", "cpu", "--out", out) == 0
+    drawn, warned = (line for line in capsys.readouterr().err.splitlines() if "drawn at random" in line)
+    assert drawn.endswith("they are drawn at random from seed 0.")
+    assert "gradients through what was drawn at random" in warned and "fine-tune the model first" in warned
     scores = fs.FisherScores.load(out)
     assert scores.num_examples == 40
     assert scores["classifier.weight"].shape == (2, 16)
@@ -224,7 +227,8 @@ def test_too_few_batches_for_the_stability_are_told(
     path, line = tmp_path / "scores.h5", "no expected overlap of a mask of the top entries with that of a fresh draw: "
     why = "it needs at least 4 batches with scored examples; give more examples or a smaller --batch-size"
     assert run("fisher", *flags, "--num-examples", "12", "--out", path) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == line + why
+    said = capsys.readouterr()
+    assert said.out.splitlines()[-1] == line + why and "drawn at random" not in said.err
     assert run("info", path) == 0
     assert capsys.readouterr().out.splitlines()[1] == line + why
     with h5py.File(path, "r+") as file:

@@ -6,6 +6,8 @@ import logging
 from .. import storage
 from ._common import add_memory_flags, add_model_and_data_flags, add_output_flags, load, output_is_complete
 
+logger = logging.getLogger(__name__)
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The keywords of ``estimate_fisher``."""
@@ -55,6 +57,7 @@ def run(args: argparse.Namespace) -> None:
 def _estimate(args: argparse.Namespace) -> None:
     from .. import distributed
     from ..fisher import estimate_fisher
+    from ..models import new_parameters
     from .info import describe_scores, describe_stability
     from .plan import chosen, show_plan
 
@@ -62,6 +65,12 @@ def _estimate(args: argparse.Namespace) -> None:
     if args.shard:
         args.device = "cpu"  # from where one block after the other goes to the device
     model, batches, objective = load(args)
+    if new_parameters(model):
+        logger.warning(
+            "The scores of all other parameters are those of gradients through what was drawn at random, and their "
+            "overlap with a fresh draw counts other examples, not another head; fine-tune the model first, or compare "
+            "the scores of two values of --seed with 'fisherscope info'."
+        )
     if args.shard:
         distributed.shard(model, device)
     else:
