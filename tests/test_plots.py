@@ -1,6 +1,7 @@
 """Figures: the numbers they show against plain Python, the files they become, and that both backends agree."""
 
 import base64
+import html
 import inspect
 import itertools
 import json
@@ -993,3 +994,31 @@ def test_pages_of_stability_and_comparisons_show_the_same_as_print():
     assert {shape.x0 for shape in figure.layout.shapes} > {drawn.histogram.marks[0]}
     masks = compared(top_fraction(some_scores(0), 0.5), top_fraction(some_scores(1), 0.5), 0.1, None)
     assert [trace.type for trace in _plotly.comparison(masks).data] == ["scatter"] * 3
+
+
+LONG = "(top 0.1 of entries within model) & (~(random 0.5 of entries within model, seed 0))"
+
+
+@pytest.mark.parametrize("name", ["curves", "contour", "surface"])
+def test_the_name_of_a_combined_mask_stays_in_the_figure_and_in_one_piece(name: str):
+    given = bowl(points=(5,) if name == "curves" else (5, 5), title=LONG)
+    figure = getattr(_matplotlib, name)(surface_panels(given))
+    assert overflow(figure) <= 0.0
+    words = short_title(LONG)
+    assert words in {text.get_text().replace("\n", " ") for text in figure.findobj(Text)}
+    figure = getattr(_plotly, name)(surface_panels(given))
+    [whole] = [
+        text
+        for text in [*(note.text for note in figure.layout.annotations), *(trace.name for trace in figure.data)]
+        if text and "(top 10" in text
+    ]
+    lines = html.unescape(whole).split("<br>")
+    assert " ".join(lines).startswith(words) and max(map(len, lines[:-1])) <= 80
+
+
+def test_notes_in_a_browser_are_folded_and_the_margin_grows_with_them():
+    short, long = (_plotly.comparison(compared(some_scores(0), noisy_scores(1), 0.1, [n, n])) for n in ("a", "a " * 99))
+    lines = [figure.layout.annotations[0].text.split("<br>") for figure in (short, long)]
+    assert len(lines[1]) > len(lines[0]) and max(map(len, lines[1])) <= 130
+    assert long.layout.margin.b - short.layout.margin.b == 18 * (len(lines[1]) - len(lines[0]))
+    assert long.layout.height - short.layout.height == long.layout.margin.b - short.layout.margin.b

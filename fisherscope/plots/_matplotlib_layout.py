@@ -186,10 +186,13 @@ class Single:
     ) -> None:
         column = _width_of(width, COLUMN)
         self.beside, self.width, self.labels_above = beside, column + beside, above
-        self.names = ["\n".join(wrapped(line, column - 0.5) for line in name.split("\n")) for name in names]
+        self.names = [_paragraphs(name.split("\n"), column - 0.5) for name in names]
+        title, *under = names[0].split("\n")
+        self.title, self.under = wrapped(title, column - left, TITLE), _paragraphs(under, column - left)
         self.note = _paragraphs(notes, self.width)
         legend = sum(map(text_height, self.names)) + 0.03 * len(names) if len(names) > 1 else 0.0
-        self.above = top = above + (0.08 if len(names) > 1 else 0.12 + text_height(self.names[0]))
+        titled = 0.12 + 1.15 * text_height(self.title) + text_height(self.under)
+        self.above = top = above + (0.08 if len(names) > 1 else titled)
         self.legend_top = legend + text_height(self.note) + 0.10
         self.height = top + height + 0.36 + self.legend_top
         self.figure = Figure(figsize=(self.width, self.height))
@@ -219,12 +222,11 @@ class Single:
                 handlelength=2.6,
             )
         else:
-            title, *rest = self.names[0].split("\n")
             base = 3 + 72 * self.labels_above
-            self.axes.set_title("\n".join(rest), fontsize=BODY, color=QUIET, pad=base)
-            up = base + text_height("\n".join(rest)) * 72
+            self.axes.set_title(self.under, fontsize=BODY, color=QUIET, pad=base)
+            up = base + text_height(self.under) * 72
             self.axes.annotate(
-                title,
+                self.title,
                 (0.5, 1),
                 (0, up),
                 xycoords="axes fraction",

@@ -2,6 +2,7 @@
 
 import html
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,7 @@ _DASHES = ("solid", "dash", "dashdot", "dot", "longdashdot")
 _MARKERS = ("circle", "square", "diamond", "triangle-down", "triangle-up", "cross", "x")
 _QUIET, _ABOVE, _PIN = "#595959", "#d1d1d1", "#d55e00"
 _ROW, _HEADER, _BELOW, _FOOTER, _LINE = 400, 90, 60, 70, 18  # pixels
+_WIDE, _NARROW = 130, 45  # characters of a line below a figure, and of one above a panel or in a legend
 _LOG: dict[str, Any] = {"type": "log", "exponentformat": "power", "nticks": 10}
 _LOOK = {"template": "plotly_white", "font": {"family": "sans-serif", "size": 13}, "legend": {"itemsizing": "constant"}}
 
@@ -141,7 +143,7 @@ def sorted_scores(lines: Lines) -> go.Figure:
             go.Scatter(
                 x=line.x,
                 y=line.y,
-                name=html.escape(line.title),
+                name=folded(line.title),
                 mode=mode,
                 line=_line(number),
                 marker=marker,
@@ -166,7 +168,7 @@ def layer_scores(layers: Layers) -> go.Figure:
                 x=series.y,
                 y=series.x,
                 customdata=names,
-                name=html.escape(series.title),
+                name=folded(series.title),
                 mode="markers",
                 marker=marker,
                 hovertemplate="%{customdata}: %{x:.3e}<extra></extra>",
@@ -190,7 +192,7 @@ def stability(lines: Lines) -> go.Figure:
             go.Scatter(
                 x=line.x,
                 y=line.y,
-                name=html.escape(line.title),
+                name=folded(line.title),
                 mode="lines+markers",
                 line=_line(number),
                 marker={"symbol": _MARKERS[number % len(_MARKERS)], "size": 6},
@@ -205,11 +207,10 @@ def stability(lines: Lines) -> go.Figure:
 
 def comparison(compared: Compared) -> go.Figure:
     """Agreement by layer, the first at the top, and beside it scores against each other."""
-    footer = _FOOTER + _LINE * len(compared.notes)
-    height = max(160 + 26 * len(compared.labels), 480 if compared.histogram else 0) + footer
+    height = max(160 + 26 * len(compared.labels), 480 if compared.histogram else 0)
     figure = make_subplots(1, 2, horizontal_spacing=0.2) if compared.histogram else make_subplots(1, 1)
-    figure.update_layout(_LOOK, height=height, margin={"t": 40, "b": footer, "l": 80, "r": 20}, showlegend=True)
-    add_notes(figure, compared.notes, footer)
+    figure.update_layout(_LOOK, height=height, margin={"t": 40, "l": 80, "r": 20}, showlegend=True)
+    add_notes(figure, compared.notes, _FOOTER)
     place: dict[str, Any] = {"row": 1, "col": 2 if compared.histogram else 1}
     for number, line in enumerate((*compared.series, compared.chance)):
         figure.add_trace(_agreement_trace(compared, line, number), **place)
@@ -228,12 +229,11 @@ def comparison(compared: Compared) -> go.Figure:
 
 def dropout_sites(sites: Sites) -> go.Figure:
     """Rates, and the scores beside them, the first site at the top."""
-    footer = _FOOTER + _LINE * len(sites.notes)
     rows = list(range(len(sites.labels)))
     figure = make_subplots(1, 2, shared_yaxes=True, horizontal_spacing=0.04)
-    height = 100 + 22 * len(rows) + footer
-    figure.update_layout(_LOOK, height=height, margin={"t": 40, "b": footer, "l": 80, "r": 20}, showlegend=False)
-    add_notes(figure, sites.notes, footer)
+    height = 100 + 22 * len(rows)
+    figure.update_layout(_LOOK, height=height, margin={"t": 40, "l": 80, "r": 20}, showlegend=False)
+    add_notes(figure, sites.notes, _FOOTER)
     names = list(map(html.escape, sites.names))
     look = {"width": 0.5, "marker": {"color": COLOURS[0]}, "hovertemplate": "%{customdata}: %{x:.4g}<extra></extra>"}
     figure.add_trace(go.Bar(x=sites.rates, y=rows, customdata=names, orientation="h", **look), row=1, col=1)
@@ -303,11 +303,9 @@ def _add_histogram(figure: Any, histogram: Histogram) -> None:
     label = {"text": histogram.mark_label, "showarrow": False, "xanchor": "right", "yanchor": "bottom"}
     figure.add_annotation(x=histogram.marks[0], y=ends[0], **label, **place)
     ticks = [(float(k), f"10<sup>{k}</sup>") for k in decades(ends[0], ends[1])]
-    figure.update_xaxes(
-        title=html.escape(histogram.labels[0]), range=ends, constrain="domain", **_ticks(ticks), **place
-    )
+    figure.update_xaxes(title=folded(histogram.labels[0]), range=ends, constrain="domain", **_ticks(ticks), **place)
     figure.update_yaxes(
-        title=html.escape(histogram.labels[1]),
+        title=folded(histogram.labels[1]),
         range=ends,
         constrain="domain",
         scaleanchor="x",
@@ -323,44 +321,49 @@ def _page(panels: Panels, *, kind: str) -> Any:
     rows = math.ceil(count / across)
     dots = ("dots: points that were measured",) if any(p.measured is not None for p in panels.panels) else ()
     notes = (*panels.notes, *marker_notes(panels), *(dots if kind == "xy" else ()))
-    footer = _FOOTER + _LINE * len(notes)
-    header = _HEADER + _LINE * max(0, *(len(panel.notes) - 3 for panel in panels.panels))
-    height = rows * (_ROW + header) + footer
-    inside = height - header - footer
+    headings = [_heading(panel) for panel in panels.panels]
+    header = _HEADER + _LINE * max(0, *(heading.count("<br>") - 3 for heading in headings))
+    height = rows * (_ROW + header)
+    inside = height - header
     figure = make_subplots(
         rows,
         across,
         specs=[[{"type": kind}] * across] * rows,
-        subplot_titles=[_heading(panel) for panel in panels.panels],
+        subplot_titles=headings,
         vertical_spacing=(header + (_BELOW if kind == "xy" else 0)) / inside,
         horizontal_spacing=0.16 / across,
     )
     figure.update_annotations(yshift=6)
-    figure.update_layout(_LOOK, height=height, margin={"t": header, "b": footer, "l": 60, "r": 20})
-    add_notes(figure, notes, footer)
+    figure.update_layout(_LOOK, height=height, margin={"t": header, "l": 60, "r": 20})
+    add_notes(figure, notes, _FOOTER)
     return figure
 
 
 def _single(notes: Sequence[str], *, height: int = 420) -> go.Figure:
     """One empty pair of axes with a legend at its right and what must be said below."""
-    footer = _FOOTER + _LINE * len(notes)
     figure = go.Figure()
-    figure.update_layout(
-        _LOOK, height=height + footer, margin={"t": 40, "b": footer, "l": 80, "r": 20}, showlegend=True
-    )
-    add_notes(figure, notes, footer)
+    figure.update_layout(_LOOK, height=height, margin={"t": 40, "l": 80, "r": 20}, showlegend=True)
+    add_notes(figure, notes, _FOOTER)
     return figure
 
 
 def _heading(panel: Panel) -> str:
     notes = "<br>".join(map(html.escape, panel.notes))
-    return f'{html.escape(panel.title)}<br><span style="font-size:12px;color:{_QUIET}">{notes}</span>'
+    return f'{folded(panel.title)}<br><span style="font-size:12px;color:{_QUIET}">{notes}</span>'
 
 
-def add_notes(figure: go.Figure, notes: Sequence[str], footer: int) -> None:
-    """Write what must be said into the lower margin of ``footer`` pixels."""
+def folded(text: str, width: int = _NARROW) -> str:
+    """Text as plotly takes it, in lines of at most ``width`` characters."""
+    return "<br>".join(map(html.escape, textwrap.wrap(text, width)))
+
+
+def add_notes(figure: go.Figure, notes: Sequence[str], labels: int) -> None:
+    """Add a lower margin to a figure, of ``labels`` pixels for its axis and as many as the notes in it need."""
+    text = "<br>".join(folded(note, _WIDE) for note in notes)
+    footer = labels + _LINE * (text.count("<br>") + 1 if text else 0)
+    figure.update_layout(height=figure.layout.height + footer, margin_b=footer)
     figure.add_annotation(
-        text="<br>".join(map(html.escape, notes)),
+        text=text,
         x=0,
         xref="paper",
         xanchor="left",
@@ -379,7 +382,7 @@ def _curve_trace(panel: Panel, scale: Scale, number: int) -> go.Scatter:
         x=panel.steps[0],
         y=panel.losses,
         customdata=scale.shown(panel.losses),
-        name="<br>".join(map(html.escape, (panel.title, ", ".join(panel.notes)))),
+        name="<br>".join(map(folded, (panel.title, ", ".join(panel.notes)))),
         mode="lines",
         line=_line(number),
         hovertemplate=_hover(panel, scale),
@@ -399,7 +402,7 @@ def _beside_traces(panel: Panel, scale: Scale, number: int, are_few: bool) -> li
     for losses in panel.replicates if are_few else ():
         traces.append(go.Scatter(y=losses, line={"width": 0.7, "color": colour}, opacity=0.6, **quiet))
     if panel.quadratic is not None:
-        named = quiet | {"showlegend": True, "name": f"{html.escape(panel.title)}: L(0) + ½ s² dᵀFd"}
+        named = quiet | {"showlegend": True, "name": folded(f"{panel.title}: L(0) + ½ s² dᵀFd")}
         traces.append(go.Scatter(y=panel.quadratic, line={"width": 1.5, "dash": "dot", "color": colour}, **named))
     if panel.markers:
         marker = {"symbol": "diamond", "size": 8, "color": colour, "line": {"color": "black", "width": 1}}

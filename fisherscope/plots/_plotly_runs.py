@@ -20,7 +20,7 @@ __all__ = ["learning_curves", "run_boxes", "run_costs", "run_ranks", "run_sizes"
 _DASHES = ("solid", "dash", "dashdot", "dot", "longdashdot")
 _MARKERS = ("circle", "square", "diamond", "triangle-down", "triangle-up", "cross")  # not as many as colours
 _QUIET, _BAD, _GREY = "#595959", COLOURS[1], "#888888"
-_TOP, _ROW, _HEAD, _AXIS, _FOOTER, _LINE, _PANEL = 80, 30, 50, 70, 30, 18, 320  # pixels
+_TOP, _ROW, _HEAD, _AXIS, _FOOTER, _PANEL = 80, 30, 50, 70, 30, 320  # pixels
 _LOOK = {"template": "plotly_white", "font": {"family": "sans-serif", "size": 13}}
 
 
@@ -198,7 +198,6 @@ def _sheet(
     rows: int, across: int, inside: int, titles: Sequence[str], notes: Sequence[str], between: int = _HEAD + _AXIS
 ) -> Any:
     """Empty panels of one height under their titles, notes below."""
-    footer = _AXIS + _FOOTER + _LINE * len(notes)
     height = rows * inside + (rows - 1) * between
     figure = make_subplots(
         rows,
@@ -208,10 +207,9 @@ def _sheet(
         horizontal_spacing=0.16 / across if across > 1 else 0,
     )
     figure.update_annotations(font_size=14)
-    margin = {"t": _TOP, "b": footer, "l": 80, "r": 20}
-    figure.update_layout(_LOOK, height=height + _TOP + footer, margin=margin, showlegend=False)
+    figure.update_layout(_LOOK, height=height + _TOP, margin={"t": _TOP, "l": 80, "r": 20}, showlegend=False)
     figure.update_xaxes(automargin=False)
-    _plotly.add_notes(figure, notes, footer)
+    _plotly.add_notes(figure, notes, _AXIS + _FOOTER)
     return figure
 
 
