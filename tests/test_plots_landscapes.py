@@ -263,6 +263,54 @@ def test_printed_curves_have_a_band_and_thin_lines_while_they_are_few():
     assert len(many.collections) == 2
 
 
+def steep_replicates(count: int, base: float) -> Landscape:
+    """Replicates of curvatures so different that their interval and the steepest of them go far beyond the mean."""
+    x = np.linspace(-1, 1, 7)
+    return mean_of([landscape((base + 3.0**number * 0.1 * x**2).tolist()) for number in range(count)])
+
+
+@pytest.mark.parametrize("count", [4, 11])
+@pytest.mark.parametrize("backend", [_matplotlib, _plotly])
+def test_axes_of_curves_hold_intervals_and_single_directions(backend: Any, count: int):
+    given = steep_replicates(4, 3.0)
+    if count > 4:  # single directions are not drawn
+        given = mean_of([*given.replicates, *[landscape([3.0] * 7)] * (count - 4)])
+    drawn = shown(given, plot="curves")
+    figure = backend.curves(drawn)
+    low, high = figure.axes[0].get_ylim() if backend is _matplotlib else figure.layout.yaxis.range
+    assert drawn.panels[0].band is not None
+    singles = [part.loss for part in given.replicates] if count == 4 else []
+    everything = np.concatenate([given.loss, *drawn.panels[0].band, *singles])
+    assert low <= everything.min() and everything.max() <= high < 8.5
+    assert low >= everything.min() - 0.1 * np.ptp(everything) and high <= everything.max() + 0.1 * np.ptp(everything)
+    assert drawn.scale.ticks[-1][0] >= everything.max() - 0.3 * np.ptp(everything)
+
+
+def test_intervals_and_single_directions_are_cut_where_losses_are_and_the_note_says_so():
+    drawn = shown(steep_replicates(4, 7.0), plot="curves")
+    assert (drawn.scale.high, drawn.scale.is_cut) == (8.5, True)
+    assert drawn.notes[0] == (
+        "cut at ln V + 0.5 = 8.5 nats; 0 of 7 points above, and parts of intervals or single directions"
+    )
+
+
+@pytest.mark.parametrize("backend", [_matplotlib, _plotly])
+def test_every_interval_has_an_edge_of_the_colour_and_dashes_of_its_curve(backend: Any):
+    drawn = shown(several(4), several(5), plot="curves")
+    figure = backend.curves(drawn)
+    if backend is _plotly:
+        assert figure.layout.legend.traceorder == "normal"  # else bands turn it round
+    for panel, dashes in zip(drawn.panels, ("-", "--") if backend is _matplotlib else ("solid", "dash"), strict=True):
+        lines = (
+            [(i.get_ydata(), i.get_linestyle()) for i in figure.axes[0].lines]
+            if backend is _matplotlib
+            else [(i.y, i.line.dash) for i in figure.data]
+        )
+        assert panel.band is not None
+        for end in panel.band:
+            assert any(np.array_equal(y, end) and style == dashes for y, style in lines)
+
+
 def test_printed_curves_say_what_is_shaded_thin_and_dotted():
     few, many = (_matplotlib.curves(shown(several(n), plot="curves")).texts[-1].get_text() for n in (3, 11))
     assert f"means over 3 directions, shaded: their 95{NBSP}% interval" in few

@@ -74,7 +74,6 @@ __all__ = [
 
 LEVELS = 20  # bands of a contour map
 HEIGHT = 0.6  # of the box around a surface, by its sides
-FEW = 10  # replicates that are drawn one by one
 
 _ABOVE = "0.82"  # grey, where a map is cut
 _MARKER = COLOURS[1]  # of other models: stands out from all colours of a map, and from white
@@ -140,10 +139,9 @@ def contour(panels: Panels) -> Figure:
 def curves(panels: Panels) -> Figure:
     """All landscapes of one axis as lines in one pair of axes."""
     scale = panels.scale
-    are_few = sum(len(panel.replicates) for panel in panels.panels) <= FEW
     single = Single(
         [f"{panel.title}\n{', '.join(panel.notes)}" for panel in panels.panels],
-        (*panels.notes, *_curve_notes(panels, are_few), *marker_notes(panels)),
+        (*panels.notes, *_curve_notes(panels), *marker_notes(panels)),
         height=1.9 if panels.width != "two-column" else 2.5,
         above=0.0 if panels.relative is None else 0.33,
         width=panels.width,
@@ -153,7 +151,7 @@ def curves(panels: Panels) -> Figure:
     single.axes.set(xlim=(min(ends), max(ends)))
     single.axes.set_ylim(scale.low - margin, scale.high + (0 if scale.is_cut else margin))
     for number, panel in enumerate(panels.panels):
-        _draw_curve(single.axes, panel, single.style(number), are_few)
+        _draw_curve(single.axes, panel, single.style(number), panels.are_few)
     labels = list(dict.fromkeys(panel.labels[0] for panel in panels.panels))
     single.axes.set(xlabel=labels[0] if len(labels) == 1 else "step along the direction", ylabel=scale.label)
     for reference in panels.references:
@@ -513,7 +511,9 @@ def _draw_curve(axes: Axes, panel: Panel, style: dict[str, Any], are_few: bool) 
     (steps,) = panel.steps
     thin: dict[str, Any] = {"color": style["color"], "zorder": 1.5}
     if panel.band is not None:
-        axes.fill_between(steps, *panel.band, color=style["color"], alpha=0.25, linewidth=0)
+        axes.fill_between(steps, *panel.band, color=style["color"], alpha=0.10, linewidth=0)
+        for end in panel.band:  # where bands overlap, their fillings cannot be told apart
+            axes.plot(steps, end, linewidth=0.6, alpha=0.5, linestyle=style["linestyle"], **thin)
     for losses in panel.replicates if are_few else ():
         axes.plot(steps, losses, linewidth=0.4, alpha=0.7, **thin)
     if panel.quadratic is not None:
@@ -531,9 +531,9 @@ def _draw_curve(axes: Axes, panel: Panel, style: dict[str, Any], are_few: bool) 
     _name_points(axes, shown)
 
 
-def _curve_notes(panels: Panels, are_few: bool) -> list[str]:
+def _curve_notes(panels: Panels) -> list[str]:
     notes = []
-    if are_few and any(panel.replicates for panel in panels.panels):
+    if panels.are_few and any(panel.replicates for panel in panels.panels):
         notes.append("thin lines: single directions")
     if any(panel.quadratic is not None for panel in panels.panels):
         notes.append("dotted: L(0) + ½ s² dᵀFd, what the Fisher scores foretell for steps s along d")

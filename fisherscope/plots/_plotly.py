@@ -44,7 +44,6 @@ __all__ = [
 
 LEVELS = 20  # bands of a contour map
 MOST = 2  # panels in a row
-FEW = 10  # replicates that are drawn one by one
 CAMERA = {"eye": {"x": 1.06, "y": -1.36, "z": 1.2}, "center": {"x": 0, "y": 0, "z": -0.15}}
 
 _DASHES = ("solid", "dash", "dashdot", "dot", "longdashdot")
@@ -53,7 +52,11 @@ _QUIET, _ABOVE, _PIN = "#595959", "#d1d1d1", "#d55e00"
 _ROW, _HEADER, _BELOW, _FOOTER, _LINE = 400, 90, 60, 70, 18  # pixels
 _WIDE, _NARROW = 130, 45  # characters of a line below a figure, and of one above a panel or in a legend
 _LOG: dict[str, Any] = {"type": "log", "exponentformat": "power", "nticks": 10}
-_LOOK = {"template": "plotly_white", "font": {"family": "sans-serif", "size": 13}, "legend": {"itemsizing": "constant"}}
+_LOOK = {
+    "template": "plotly_white",
+    "font": {"family": "sans-serif", "size": 13},
+    "legend": {"itemsizing": "constant", "traceorder": "normal"},  # bands would turn it round
+}
 
 
 def surface(panels: Panels) -> go.Figure:
@@ -103,9 +106,8 @@ def curves(panels: Panels) -> go.Figure:
     """All landscapes of one axis as lines in one pair of axes."""
     scale = panels.scale
     figure = _single((*panels.notes, *marker_notes(panels)))
-    are_few = sum(len(panel.replicates) for panel in panels.panels) <= FEW
     for number, panel in enumerate(panels.panels):
-        figure.add_traces(_beside_traces(panel, scale, number, are_few))
+        figure.add_traces(_beside_traces(panel, scale, number, panels.are_few))
         figure.add_trace(_curve_trace(panel, scale, number))
         if panel.centre is not None:
             mark = {
@@ -397,8 +399,9 @@ def _beside_traces(panel: Panel, scale: Scale, number: int, are_few: bool) -> li
     traces = []
     if panel.band is not None:
         low, high = panel.band
-        traces.append(go.Scatter(y=low, line={"width": 0}, **quiet))
-        traces.append(go.Scatter(y=high, line={"width": 0}, fill="tonexty", fillcolor=f"{colour}40", **quiet))
+        end = _line(number) | {"width": 0.8, "color": f"{colour}80"}  # fillings alone cannot be told apart
+        traces.append(go.Scatter(y=low, line=end, **quiet))
+        traces.append(go.Scatter(y=high, line=end, fill="tonexty", fillcolor=f"{colour}1a", **quiet))
     for losses in panel.replicates if are_few else ():
         traces.append(go.Scatter(y=losses, line={"width": 0.7, "color": colour}, opacity=0.6, **quiet))
     if panel.quadratic is not None:

@@ -26,6 +26,9 @@ Noun = TypeVar("Noun")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Of lines: the palette of Okabe and Ito for every kind of colour vision, without its yellow, which fades on white."""
 
+FEW = 10
+"""Replicates up to which each is drawn as a thin line."""
+
 LOSS_LABELS = {
     "mlm": "MLM loss (nats per scored token)",
     "causal-lm": "loss (nats per token)",
@@ -53,7 +56,7 @@ class Scale:
         metric: What tick labels and hover boxes show: the loss, perplexity, or another surface of the landscapes.
         low: The lowest value of all panels.
         high: Where the scale ends; values above are not drawn.
-        is_cut: Whether there are any.
+        is_cut: Whether there are any, of curves also in their bands and single directions.
         ticks: Values and what is written beside them.
         is_log: Whether colours go by the logarithm of the value.
     """
@@ -133,6 +136,11 @@ class Panels:
     references: tuple[Reference, ...]
     notes: tuple[str, ...]
     width: Width = None
+
+    @property
+    def are_few(self) -> bool:
+        """Whether replicates are drawn one by one."""
+        return sum(len(panel.replicates) for panel in self.panels) <= FEW
 
     @property
     def relative(self) -> float | None:

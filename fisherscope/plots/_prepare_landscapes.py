@@ -14,9 +14,22 @@ from ..landscape import Axis, Landscape
 from ..landscape.scan import MARGIN
 from ..landscape.surface import Geometry
 from ..objectives import is_language_model
-from ._prepare import LOSS_LABELS, Panel, Panels, Reference, Scale, Titles, Width, as_sequence, model_name, titles_of
+from ._prepare import (
+    FEW,
+    LOSS_LABELS,
+    Panel,
+    Panels,
+    Reference,
+    Scale,
+    Titles,
+    Width,
+    as_sequence,
+    model_name,
+    titles_of,
+)
 
 _REFERENCES = {"uniform": ("ln V", "ln V"), "unigram": ("unigram entropy", "unigram")}
+_GUESSING = f"ln V + {MARGIN:g}"
 _SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 MOST_QUADRATICS = 4
 """Curves up to which the Fisher quadratic of each is drawn; with more, nobody could tell which is whose."""
@@ -241,11 +254,18 @@ def _scale(given: Sequence[Landscape], metric: str, *, is_log: bool) -> tuple[Sc
     if not finite.size:
         what = "loss" if metric in LOSSES else metric
         raise ValueError(f"There is nothing to draw: no point of the landscapes has a finite {what} so far.")
-    low, high, rule = float(finite.min()), float(finite.max()), ""
+    low, high, rule, limit = float(finite.min()), float(finite.max()), "", math.inf
     if metric in LOSSES:
         centres = [centre for centre in (_centre(part, metric) for part in given) if centre is not None]
         guessing = [landscape.references["uniform"] for landscape in given if "uniform" in landscape.references]
-        high, rule = _ceiling(values, finite, max(centres, default=low), max(guessing, default=None))
+        centre = max(centres, default=low)
+        limit = _limit(centre, max(guessing, default=None))
+        high, rule = _ceiling(values, finite, centre, limit)
+    beside = _beside(given, metric)
+    low = float(min([low, *beside]))
+    high = high if rule else float(max([high, *beside[beside <= limit]]))
+    if is_beside_cut := bool((beside > high).any()):
+        high, rule = (high, rule) if rule else (limit, _GUESSING)
     if high <= low:  # all the same
         low, high = low - 0.5, high + 0.5
     scale = Scale(_label(given[0].objective, metric), metric, low, high, bool(rule), ())
@@ -256,7 +276,8 @@ def _scale(given: Sequence[Landscape], metric: str, *, is_log: bool) -> tuple[Sc
         scale = replace(scale, label=with_log_scale(scale.label), ticks=tuple(ticks), is_log=True)
     else:
         scale = replace(scale, ticks=tuple(round_ticks(low, high)))
-    return scale, _cut_note(values, scale, rule, "nats" in LOSS_LABELS.get(given[0].objective, ""))
+    note = _cut_note(values, scale, rule, is_beside_cut, "nats" in LOSS_LABELS.get(given[0].objective, ""))
+    return scale, note
 
 
 def _label(objective: str, metric: str) -> str:
@@ -270,15 +291,19 @@ def with_log_scale(label: str) -> str:
     return f"{label[:-1]}, log scale)" if label.endswith(")") else f"{label} (log scale)"
 
 
-def _ceiling(losses: np.ndarray, finite: np.ndarray, centre: float, guessing: float | None) -> tuple[float, str]:
+def _limit(centre: float, guessing: float | None) -> float:
+    """Half a nat above guessing, if that is above the models themselves; else infinite."""
+    return guessing + MARGIN if guessing is not None and centre < guessing + MARGIN else math.inf
+
+
+def _ceiling(losses: np.ndarray, finite: np.ndarray, centre: float, limit: float) -> tuple[float, str]:
     """Where the scale ends, and by which rule if that leaves something out.
 
-    Language models: half a nat above guessing, if that is above the models themselves. Others: at the 95th percentile,
-    if the rest would take more than half of the scale.
+    At the limit if there is one. Else at the 95th percentile, if the rest would take more than half of the scale.
     """
     low, top = float(finite.min()), float(finite.max())
-    if guessing is not None and centre < guessing + MARGIN:
-        ceiling, rule = guessing + MARGIN, f"ln V + {MARGIN:g}"
+    if limit < math.inf:
+        ceiling, rule = limit, _GUESSING
     else:
         ceiling, rule = max(centre, float(np.percentile(finite, 95))), "the 95th percentile"
         if top - low <= 2 * (ceiling - low):
@@ -286,13 +311,15 @@ def _ceiling(losses: np.ndarray, finite: np.ndarray, centre: float, guessing: fl
     return (ceiling, rule) if (losses > ceiling).any() else (top, "")
 
 
-def _cut_note(losses: np.ndarray, scale: Scale, rule: str, is_in_nats: bool) -> str:
+def _cut_note(losses: np.ndarray, scale: Scale, rule: str, is_beside_cut: bool, is_in_nats: bool) -> str:
     notes = []
     if rule:
         value = f"{scale.high:.3g}{' nats' if is_in_nats else ''}"
         if scale.metric == "perplexity":
             value += f", perplexity {scale.shown(np.array([scale.high]))[0]:,.0f}"
-        notes.append(f"cut at {rule} = {value}; {int((losses > scale.high).sum()):,} of {losses.size:,} points above")
+        above = f"{int((losses > scale.high).sum()):,} of {losses.size:,} points above"
+        above += ", and parts of intervals or single directions" if is_beside_cut else ""
+        notes.append(f"cut at {rule} = {value}; {above}")
     if undefined := int(np.isnan(losses).sum() + np.isneginf(losses).sum()):
         notes.append(f"not a number at {undefined:,} of {losses.size:,}")
     return "; ".join(notes)
@@ -303,8 +330,7 @@ def _panel(landscape: Landscape, title: str, scale: Scale) -> Panel:
     finite = losses[np.isfinite(losses)]
     low, high = (finite.min(), min(finite.max(), scale.high)) if finite.size else (0.0, 0.0)
     references = _references(landscape) if scale.metric in LOSSES else []
-    replicates = landscape.replicates if len(landscape.axes) == 1 else ()
-    along = tuple(_values(replicate, scale.metric) for replicate in replicates)
+    along = _along(landscape, scale.metric)
     return Panel(
         title,
         _panel_notes(landscape),
@@ -333,6 +359,21 @@ def _norms(landscape: Landscape) -> list[float]:
 def _relative(landscape: Landscape) -> tuple[float, ...] | None:
     weights = landscape.geometry.weight_norm if landscape.geometry else 0.0
     return tuple(norm / weights for norm in _norms(landscape)) if weights > 0 else None
+
+
+def _along(landscape: Landscape, metric: str) -> tuple[Float[np.ndarray, "points"], ...]:
+    """The values of the replicates, of one axis."""
+    replicates = landscape.replicates if len(landscape.axes) == 1 else ()
+    return tuple(_values(replicate, metric) for replicate in replicates)
+
+
+def _beside(given: Sequence[Landscape], metric: str) -> Float[np.ndarray, "values"]:
+    """All finite numbers that are drawn beside the curves: ends of the intervals, and single directions if few."""
+    each = [(part, along) for part in given if (along := _along(part, metric))]
+    singles = [values for _, along in each for values in along]
+    intervals = [end for part, along in each for end in _interval(part, along)]
+    drawn = np.concatenate([np.zeros(0), *intervals, *(singles if len(singles) <= FEW else ())])
+    return drawn[np.isfinite(drawn)]
 
 
 def _interval(landscape: Landscape, along: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
