@@ -300,9 +300,34 @@ def test_one_huge_loss_of_a_failed_run_moves_no_axis():
     given = [*three(), arm("c", runs=[training(0, 0.5), training(1, 0.5, losses=losses, status="diverged")])]
     shown = learning(given, "vanilla", None)
     assert [shown.tasks[0].limits(quantity) for quantity in (0, 1)] == [usual.limits(quantity) for quantity in (0, 1)]
-    told = "Axes hold the runs that did not fail; failed ones, and means with them, go beyond."
+    told = "Axes hold the runs that did not fail; some that did, and means with them, go far beyond."
     assert told in shown.notes
     assert told not in learning(three(), "vanilla", None).notes
+
+
+def test_axes_hold_failed_runs_that_do_not_go_far_beyond_the_others():
+    usual = learning(three(), "vanilla", None).tasks[0]
+    losses = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 0.05}]
+    given = [*three(), arm("c", runs=[training(0, 0.5), training(1, -0.4, losses=losses, status="diverged")])]
+    shown = learning(given, "vanilla", None)
+    for quantity in (0, 1):
+        low, high = shown.tasks[0].limits(quantity)
+        values = np.concatenate([course.seeds.ravel() for course in shown.tasks[0].courses[quantity]])
+        assert low < np.nanmin(values) and np.nanmax(values) < high
+        assert (low, high) != usual.limits(quantity)
+    assert not any("beyond" in note for note in shown.notes)
+
+
+@pytest.mark.parametrize("evaluations", [1, 12, 13])
+def test_the_points_of_short_learning_curves_are_marked(evaluations: int):
+    rows = [{"step": k, "epoch": float(k), "loss": 0.5, "accuracy": 0.5} for k in range(1, evaluations + 1)]
+    runs = [training(0, 0.5, evaluations=rows), training(1, 0.5, evaluations=rows, status="diverged")]
+    shown = learning([arm(runs=runs), arm("b", runs=runs)], "vanilla", None)
+    *_, metric = _matplotlib_runs.learning_curves(shown).axes
+    marked = {line.get_marker() == "o" for line in metric.lines}
+    assert marked == {evaluations <= 12}
+    traces = _plotly_runs.learning_curves(shown).data
+    assert {t.mode for t in traces if len(t.x) == evaluations} == {"lines+markers" if evaluations <= 12 else "lines"}
 
 
 def test_where_all_runs_failed_the_axes_hold_them():

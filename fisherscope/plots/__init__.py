@@ -424,7 +424,7 @@ def learning_curves(
 
     Thin lines are runs, the thick one is their mean, the grey one the mean of the reference. Losses are as logged. What
     the labels of the training examples alone give (their entropy, the majority class) is dotted, where it is known.
-    Failed runs are drawn last; the range of an axis is that of the others.
+    Failed runs are drawn last; where they go far beyond the others, they are cut off, and a note says so.
 
     Args:
         runs: Of :func:`fisherscope.read_runs`.

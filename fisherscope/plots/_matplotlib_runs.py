@@ -313,13 +313,14 @@ def _draw_box(axes: Axes, position: int, row: BoxRow) -> None:
 def _draw_course(axes: Axes, task: Learning, number: int, which: int) -> None:
     """Runs below their mean, but those that failed above it."""
     course, reference = task.courses[which][number], task.courses[which][0]
+    dots, grey = ({"marker": "o" if c.has_markers else "", "markeredgewidth": 0} for c in (course, reference))
     for values in course.seeds[~course.failed]:
-        axes.plot(course.x, values, color=COLOURS[0], linewidth=0.4, alpha=0.6)
+        axes.plot(course.x, values, color=COLOURS[0], linewidth=0.4, alpha=0.6, markersize=2.2, **dots)
     if number:
-        axes.plot(reference.x, reference.mean, color="0.5", linewidth=0.9)
-    axes.plot(course.x, course.mean, color=COLOURS[0], linewidth=1.3)
+        axes.plot(reference.x, reference.mean, color="0.5", linewidth=0.9, markersize=2.5, **grey)
+    axes.plot(course.x, course.mean, color=COLOURS[0], linewidth=1.3, markersize=3.0, **dots)
     for values in course.seeds[course.failed]:
-        axes.plot(course.x, values, color=_BAD, linewidth=0.9)
+        axes.plot(course.x, values, color=_BAD, linewidth=0.9, markersize=2.2, **dots)
     level = task.levels[which]
     if level is not None:
         axes.axhline(level, color="black", linewidth=0.7, linestyle=_DOTTED)

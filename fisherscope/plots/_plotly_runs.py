@@ -262,15 +262,21 @@ def _box_traces(name: str, position: int, row: BoxRow) -> list[Any]:
 
 def _course_traces(name: str, course: Course, reference: Course | None) -> list[go.Scatter]:
     """Runs below their mean, but those that failed above it."""
-    quiet: dict[str, Any] = {"mode": "lines", "hoverinfo": "skip"}
+    quiet: dict[str, Any] = {"mode": _mode(course), "hoverinfo": "skip", "marker": {"size": 4}}
     thin, bad = {"width": 0.8, "color": COLOURS[0]}, {"width": 1.6, "color": _BAD}
     traces = [
         go.Scatter(x=course.x, y=values, opacity=0.5, line=thin, **quiet) for values in course.seeds[~course.failed]
     ]
     failed = [go.Scatter(x=course.x, y=values, line=bad, **quiet) for values in course.seeds[course.failed]]
     if reference is not None:
-        traces.append(go.Scatter(x=reference.x, y=reference.mean, line={"width": 1.5, "color": _GREY}, **quiet))
+        grey = quiet | {"mode": _mode(reference), "line": {"width": 1.5, "color": _GREY}}
+        traces.append(go.Scatter(x=reference.x, y=reference.mean, **grey))
     thick = {"width": 2.5, "color": COLOURS[0]}
     hover = f"{html.escape(name)}, epoch %{{x:.2f}}: %{{y:.4f}}<extra></extra>"
-    mean = go.Scatter(x=course.x, y=course.mean, mode="lines", line=thick, hovertemplate=hover)
+    look = {"mode": _mode(course), "marker": {"size": 7}, "line": thick}
+    mean = go.Scatter(x=course.x, y=course.mean, hovertemplate=hover, **look)
     return [*traces, mean, *failed]
+
+
+def _mode(course: Course) -> str:
+    return "lines+markers" if course.has_markers else "lines"

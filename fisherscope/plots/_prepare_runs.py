@@ -25,6 +25,13 @@ LEVEL = 0.05
 JITTER = 0.26
 """How far dots stand from the middle of a row of boxes, in rows."""
 
+BEYOND = 4
+"""How far axes reach beyond the runs that did not fail to hold those that did: lengths of their range, but at least 1,
+within which most shares and correlations are."""
+
+FEW = 12
+"""Points of a learning curve up to which each is marked."""
+
 STYLES = 210
 """How many lines look different: 7 colours, 6 markers and 5 kinds of dashes, cycled together."""
 
@@ -156,6 +163,11 @@ class Course:
     failed: Bool[np.ndarray, "runs"]
     mean: Float[np.ndarray, "moments"]
 
+    @property
+    def has_markers(self) -> bool:
+        """Whether there are few enough points to show each."""
+        return self.x.size <= FEW
+
 
 @dataclass(frozen=True, eq=False)
 class Learning:
@@ -176,17 +188,26 @@ class Learning:
     levels: tuple[float | None, float | None]
 
     def limits(self, quantity: int) -> tuple[float, float]:
-        """The range of all trainings that did not fail (of all, if all did) and of the level, one for all arms."""
+        """The range of all trainings and of the level, one for all arms.
+
+        Of failed trainings that go far beyond the others, only what is within :data:`BEYOND`.
+        """
         courses, level = self.courses[quantity], self.levels[quantity]
-        values = np.concatenate([course.seeds[~course.failed].ravel() for course in courses])
-        if not np.isfinite(values).any():
-            values = np.concatenate([course.seeds.ravel() for course in courses])
-        values = np.append(values, math.nan if level is None else level)
-        values = values[np.isfinite(values)]
-        if not values.size:
+        everything, good = (
+            values[np.isfinite(values)]
+            for values in (
+                np.concatenate([course.seeds.ravel() for course in courses]),
+                np.concatenate([course.seeds[~course.failed].ravel() for course in courses]),
+            )
+        )
+        known = np.append(good if good.size else everything, [] if level is None else [level])
+        if not known.size:
             return 0.0, 1.0
-        margin = 0.05 * (float(np.ptp(values)) or 1.0)
-        return float(values.min()) - margin, float(values.max()) + margin
+        reach = max(BEYOND * float(np.ptp(known)), 1.0)
+        near = everything[(everything >= known.min() - reach) & (everything <= known.max() + reach)]
+        low, high = (float(end(np.append(known, near))) for end in (np.min, np.max))
+        margin = 0.05 * (high - low or 1.0)
+        return low - margin, high + margin
 
     @property
     def is_cut(self) -> bool:
@@ -461,7 +482,7 @@ def learning(runs: "Sequence[Arm]", reference: str, metric: str | None) -> Learn
         f"{reference}. Losses are shown as logged.",
         *(["Orange: failed runs."] if failed else []),
         *(
-            ["Axes hold the runs that did not fail; failed ones, and means with them, go beyond."]
+            ["Axes hold the runs that did not fail; some that did, and means with them, go far beyond."]
             if any(task.is_cut for task in tasks)
             else []
         ),
