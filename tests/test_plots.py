@@ -30,7 +30,7 @@ from fisherscope.finetune.methods.guided_dropout import GuidedSite
 from fisherscope.landscape import Axis, Landscape
 from fisherscope.masks import top_fraction
 from fisherscope.plots import _matplotlib, _plotly
-from fisherscope.plots._prepare import Compared, Layers, Lines, Panels, Sites, columns, decades, spread
+from fisherscope.plots._prepare import Compared, Layers, Lines, Panels, Parameters, Sites, columns, decades, spread
 from fisherscope.plots._prepare_comparison import compared
 from fisherscope.plots._prepare_landscapes import logarithmic_ticks, panels, round_ticks, short_title
 from fisherscope.plots._prepare_scores import (
@@ -48,7 +48,17 @@ from fisherscope.stability import Quarters
 REFERENCES = {"uniform": 8.0, "unigram": 5.0}
 BACKENDS = (_matplotlib, _plotly)
 SUFFIXES = (".pdf", ".png", ".svg", ".html")
-PUBLIC = ["comparison", "contour", "curves", "dropout_sites", "layer_scores", "sorted_scores", "stability", "surface"]
+PUBLIC = [
+    "comparison",
+    "contour",
+    "curves",
+    "dropout_sites",
+    "layer_scores",
+    "parameter_scores",
+    "sorted_scores",
+    "stability",
+    "surface",
+]
 
 
 def axis(number: int, points: int = 5, span: float = 1.0, norm: float = 12.34, entries: int = 1234567) -> Axis:
@@ -309,6 +319,44 @@ def test_parameters_in_the_models_order_are_their_means_and_gaps_where_they_are_
     assert lines.notes == ("scores: 1 of 3 parameters are exactly 0",)
     with pytest.raises(ValueError, match="All scores of scores are 0, so there is nothing to draw"):
         parameter_lines(scores({"a.w": [0.0, 0.0]}), None)
+
+
+def test_means_that_are_rounding_noise_are_counted_and_not_drawn():
+    given = scores({"a.w": [4.0, 4.0], "a.b": [3e-12, 3e-12], "c.w": [4.1e-12, 4.1e-12], "c.b": [0.0, 0.0]}, name="m")
+    drawn = parameter_lines(given, None)
+    assert np.array_equal(drawn.lines[0].y, [4.0, np.nan, np.float64(torch.tensor(4.1e-12)), np.nan], equal_nan=True)
+    assert drawn.notes == (
+        "m: 1 of 4 parameters are exactly 0",
+        "m: 1 of 4 parameters are below 1e-12 of the highest, not shown",
+    )
+
+
+def test_parameters_are_dots_above_the_names_of_their_layers():
+    drawn = parameter_lines(
+        scores({f"net.layer.{k}.{n}": [k + 1.0] for k in (0, 1) for n in "ab"}, prefix="net."), None
+    )
+    assert drawn.layers == (("layer 0", 1, 2), ("layer 1", 3, 4))
+    assert drawn.names == (("net.layer.0.a", "net.layer.0.b", "net.layer.1.a", "net.layer.1.b"),)
+    axes = _matplotlib.parameter_scores(drawn).axes[0]
+    assert [line.get_linestyle() for line in axes.lines] == ["None"]
+    assert [(text.get_text(), place) for text, place in zip(axes.get_xticklabels(), axes.get_xticks(), strict=True)] == [
+        ("layer 0", 1.5), ("layer 1", 3.5),
+    ]  # fmt: skip
+    assert axes.get_xlabel() == "parameters, in the model's order, by layer"
+    figure = _plotly.parameter_scores(drawn)
+    assert [trace.mode for trace in figure.data] == ["markers"]
+    assert figure.layout.xaxis.ticktext == ("layer 0", "layer 1") and figure.layout.xaxis.tickvals == (1.5, 3.5)
+    assert np.array_equal(figure.data[0].y, axes.lines[0].get_ydata())
+    other = parameter_lines(
+        [scores({"a.layer.0.w": [1.0]}), scores({"a.layer.0.w": [1.0], "a.layer.0.b": [1.0]})], None
+    )
+    assert other.layers == () and other.x_label == "parameters, in the model's order"
+
+
+def test_names_of_layers_are_left_out_where_there_is_no_room():
+    drawn = parameter_lines(scores({f"net.layer.{k}.w": [1.0] for k in range(100)}, prefix="net."), None)
+    places = [middle for middle, _ in drawn.labels(20)]
+    assert places == [1, 6, 11, 16, 21, 26, 31, 36, 41, 46, 51, 56, 61, 66, 71, 76, 81, 86, 91, 96]
 
 
 def test_normalized_scores_run_from_zero_to_one_and_keep_their_zeros():
@@ -600,7 +648,7 @@ def test_scores_of_different_reductions_can_be_compared_when_normalised():
 # Files
 
 TITLES = ["a title with so many words that it must be broken", "short", "_$x$_"]
-PREPARED: dict[str, Callable[[], Panels | Lines | Layers | Compared | Sites]] = {
+PREPARED: dict[str, Callable[[], Panels | Lines | Layers | Parameters | Compared | Sites]] = {
     "dropout_sites": lambda: sites_shown([*some_sites(), GuidedSite("net.last", 0.0, 0.1)]),
     "comparison": lambda: compared(some_scores(0), noisy_scores(1), 0.1, TITLES[:2]),
     "stability": lambda: stability_lines([followed_scores(0), followed_scores(1)], None),
@@ -609,6 +657,7 @@ PREPARED: dict[str, Callable[[], Panels | Lines | Layers | Compared | Sites]] = 
     "curves": lambda: surface_panels(bowl(points=(5,)), bowl(1.0, points=(7,))),
     "sorted_scores": lambda: sorted_lines([some_scores(0), some_scores(1)], "entry", False, None),
     "layer_scores": lambda: layers([some_scores(0), some_scores(1)], None),
+    "parameter_scores": lambda: parameter_lines([some_scores(0), some_scores(1)], None),
 }
 FIGURES: dict[str, Callable[[Path], Path]] = {
     "dropout_sites": lambda out: plots.dropout_sites(some_sites(), out),
@@ -619,6 +668,7 @@ FIGURES: dict[str, Callable[[Path], Path]] = {
     "curves": lambda out: plots.curves([bowl(points=(5,)), bowl(1.0, points=(7,))], out),
     "sorted_scores": lambda out: plots.sorted_scores(some_scores(), out),
     "layer_scores": lambda out: plots.layer_scores(some_scores(), out),
+    "parameter_scores": lambda out: plots.parameter_scores(some_scores(), out),
 }
 OPENINGS = {".pdf": b"%PDF", ".png": b"\x89PNG", ".svg": b"<?xml", ".html": (b"<html>", b"<!doctype html>")}
 
@@ -654,9 +704,9 @@ def test_backends_are_imported_only_to_draw():
 
 
 def test_both_backends_have_the_same_functions():
-    # pages to explore are HTML only, parameters are drawn as sorted scores are, and runs have backends of their own
+    # pages to explore are HTML only, and runs have backends of their own
     runs = {"learning_curves", "run_boxes", "run_costs", "run_ranks", "run_sizes"}
-    assert sorted({*plots.__all__} - {"page", "parameter_scores", "volume"} - runs) == PUBLIC
+    assert sorted({*plots.__all__} - {"page", "volume"} - runs) == PUBLIC
     for backend in BACKENDS:
         assert sorted(backend.__all__) == sorted([*PUBLIC, "save"])
     for name in _matplotlib.__all__:
@@ -696,6 +746,7 @@ def test_printed_figures_have_the_width_of_a_column_or_page_and_nothing_outside(
         "curves": lambda: surface_panels(*given),
         "sorted_scores": lambda: sorted_lines(given, "entry", False, None),
         "layer_scores": lambda: layers(given, None),
+        "parameter_scores": lambda: parameter_lines(given, None),
     }[name]()
     figure = getattr(_matplotlib, name)(prepared)
     wide = name == "comparison" or (name in ("surface", "contour", "dropout_sites") and count > 1)
@@ -719,6 +770,7 @@ def test_nothing_on_a_printed_page_overlaps(name: str):
     figure = getattr(_matplotlib, name)(PREPARED[name]())
     found = regions(figure)
     parts = {"surface": 11, "contour": 11, "curves": 3, "sorted_scores": 3, "layer_scores": 2, "stability": 2}
+    parts["parameter_scores"] = 2
     assert len(found) == (parts | {"comparison": 5, "dropout_sites": 3})[name]
     pairs = [(a, b) for a in found for b in found if a < b and found[a].overlaps(found[b])]
     # the slanted labels of neighbouring boxes pass each other, though the rectangles around them meet

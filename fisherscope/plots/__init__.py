@@ -223,9 +223,10 @@ def sorted_scores(
 
 
 def parameter_scores(scores: FisherScores | Sequence[FisherScores], out: str | Path, *, titles: Titles = None) -> Path:
-    """Draw the mean score of the entries of every parameter, in the model's order, on a logarithmic axis.
+    """Draw the mean score of the entries of every parameter as a dot, in the model's order, on a logarithmic axis.
 
-    The counterpart of figures 6 to 8 of arXiv 2406.14005. Parameters drawn at random are left out.
+    Every other layer is shaded, and layers are named where there is room. Means below 1e-12 of the highest, such as
+    those of key biases, which softmax does not see, are rounding noise: they are counted and not drawn. The counterpart of figures 6 to 8 of arXiv 2406.14005. Parameters drawn at random are left out.
 
     Args:
         scores: One, or several that become curves.
@@ -240,7 +241,7 @@ def parameter_scores(scores: FisherScores | Sequence[FisherScores], out: str | P
         ValueError: If the suffix is unknown, the scores have different units, or all scores of a curve are 0.
     """
     draw = _backend(out)
-    return _save(draw.sorted_scores(parameter_lines(scores, titles)), out)
+    return _save(draw.parameter_scores(parameter_lines(scores, titles)), out)
 
 
 def layer_scores(scores: FisherScores | Sequence[FisherScores], out: str | Path, *, titles: Titles = None) -> Path:

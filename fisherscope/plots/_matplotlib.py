@@ -52,6 +52,7 @@ from ._prepare import (
     Lines,
     Panel,
     Panels,
+    Parameters,
     Reference,
     Scale,
     Sites,
@@ -66,6 +67,7 @@ __all__ = [
     "curves",
     "dropout_sites",
     "layer_scores",
+    "parameter_scores",
     "save",
     "sorted_scores",
     "stability",
@@ -181,6 +183,27 @@ def sorted_scores(lines: Lines) -> Figure:
         single.axes.set_xlim(-0.01, 1.01)
     else:
         single.axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    return single.finished()
+
+
+@matplotlib.rc_context(STYLE)
+def parameter_scores(parameters: Parameters) -> Figure:
+    """Mean score by parameter, every other layer shaded."""
+    labels = parameters.labels(20)
+    below = 0.34 + max((text_width(text) for _, text in labels), default=0.02)
+    single = Single([line.title for line in parameters.lines], parameters.notes, left=0.65, below=below)
+    for number, line in enumerate(parameters.lines):
+        look = {"linestyle": "none", "marker": MARKERS[number % len(MARKERS)], "markersize": 2.5}
+        look |= {"markerfacecolor": "none", "markeredgewidth": 0.7} if number else {"markeredgewidth": 0}
+        single.axes.plot(line.x, line.y, **single.style(number) | look)
+    single.axes.set(xlabel=parameters.x_label, ylabel=parameters.value_label, yscale="log")
+    single.axes.set_xlim(0.5, max(len(line.x) for line in parameters.lines) + 0.5)
+    for _, first, last in parameters.layers[::2]:
+        single.axes.axvspan(first - 0.5, last + 0.5, color="0.94", linewidth=0, zorder=0)
+    _label_few(single.axes.yaxis)
+    if labels:
+        set_ticks(single.axes.xaxis, labels)
+        single.axes.tick_params(axis="x", length=0, rotation=90)
     return single.finished()
 
 

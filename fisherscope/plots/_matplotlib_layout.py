@@ -170,6 +170,7 @@ class Single:
         height: Of the axes.
         beside: Room left of the column for other axes; what must be said then stands below both.
         above: Room for labels above the axes.
+        below: Room for labels below the axes.
         width: Of the page; None is a column.
     """
 
@@ -182,6 +183,7 @@ class Single:
         height: float = 1.9,
         beside: float = 0.0,
         above: float = 0.0,
+        below: float = 0.36,
         width: Width = None,
     ) -> None:
         column = _width_of(width, COLUMN)
@@ -194,7 +196,7 @@ class Single:
         titled = 0.12 + 1.15 * text_height(self.title) + text_height(self.under)
         self.above = top = above + (0.08 if len(names) > 1 else titled)
         self.legend_top = legend + text_height(self.note) + 0.10
-        self.height = top + height + 0.36 + self.legend_top
+        self.height = top + height + below + self.legend_top
         self.figure = Figure(figsize=(self.width, self.height))
         self.axes = self.place(beside + left, top, column - left - 0.10, height)
 

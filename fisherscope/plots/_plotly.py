@@ -21,6 +21,7 @@ from ._prepare import (
     Lines,
     Panel,
     Panels,
+    Parameters,
     Reference,
     Scale,
     Sites,
@@ -36,6 +37,7 @@ __all__ = [
     "curves",
     "dropout_sites",
     "layer_scores",
+    "parameter_scores",
     "save",
     "sorted_scores",
     "stability",
@@ -156,6 +158,33 @@ def sorted_scores(lines: Lines) -> go.Figure:
     if not lines.is_share:
         figure.update_xaxes(tickformat="~s")
     figure.update_yaxes(title=lines.y_label, **(_LOG if lines.is_log else {}))
+    return figure
+
+
+def parameter_scores(parameters: Parameters) -> go.Figure:
+    """Mean score by parameter, every other layer shaded; hover boxes tell the names."""
+    labels = parameters.labels(40)
+    figure = _single(parameters.notes, labels=_FOOTER + 7 * max((len(text) for _, text in labels), default=0))
+    for number, (line, names) in enumerate(zip(parameters.lines, parameters.names, strict=True)):
+        symbol = _MARKERS[number % len(_MARKERS)] + ("-open" if number else "")
+        figure.add_trace(
+            go.Scatter(
+                x=line.x,
+                y=line.y,
+                customdata=list(map(html.escape, names)),
+                name=folded(line.title),
+                mode="markers",
+                marker={"symbol": symbol, "size": 6, "color": COLOURS[number % len(COLOURS)]},
+                hovertemplate="%{customdata}: %{y:.3e}<extra></extra>",
+            )
+        )
+    for _, first, last in parameters.layers[::2]:
+        figure.add_vrect(first - 0.5, last + 0.5, fillcolor="#f0f0f0", line_width=0, layer="below")
+    figure.update_xaxes(title=parameters.x_label, range=[0.5, max(len(line.x) for line in parameters.lines) + 0.5])
+    if labels:
+        ticks = _ticks([(middle, html.escape(text)) for middle, text in labels])
+        figure.update_xaxes(tickangle=-90, showgrid=False, **ticks)
+    figure.update_yaxes(title=parameters.value_label, **_LOG)
     return figure
 
 
@@ -341,11 +370,11 @@ def _page(panels: Panels, *, kind: str) -> Any:
     return figure
 
 
-def _single(notes: Sequence[str], *, height: int = 420) -> go.Figure:
-    """One empty pair of axes with a legend at its right and what must be said below."""
+def _single(notes: Sequence[str], *, height: int = 420, labels: int = _FOOTER) -> go.Figure:
+    """One empty pair of axes with a legend at its right and, below ``labels`` pixels, what must be said."""
     figure = go.Figure()
     figure.update_layout(_LOOK, height=height, margin={"t": 40, "l": 80, "r": 20}, showlegend=True)
-    add_notes(figure, notes, _FOOTER)
+    add_notes(figure, notes, labels)
     return figure
 
 

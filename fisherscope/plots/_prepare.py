@@ -184,6 +184,39 @@ class Lines:
 
 
 @dataclass(frozen=True, eq=False)
+class Parameters:
+    """Means by parameter.
+
+    Attributes:
+        lines: Of every model, parameters counted from 1; NaN where a mean cannot be shown.
+        names: Of the parameters of each line.
+        layers: Label, first and last parameter of every layer, if all lines have the same.
+        value_label: Of the axis of the means.
+        notes: What must be said below the figure.
+    """
+
+    lines: tuple[Line, ...]
+    names: tuple[tuple[str, ...], ...]
+    layers: tuple[tuple[str, int, int], ...]
+    value_label: str
+    notes: tuple[str, ...]
+
+    @property
+    def x_label(self) -> str:
+        """Of the horizontal axis."""
+        return "parameters, in the model's order" + (", by layer" if self.layers else "")
+
+    def labels(self, most: int) -> list[tuple[float, str]]:
+        """The middles and labels of layers, without those for which there is no room where ``most`` stand in a row."""
+        kept: list[tuple[float, str]] = []
+        for label, first, last in self.layers:
+            middle = (first + last) / 2
+            if not kept or (middle - kept[-1][0]) * most >= self.layers[-1][2]:
+                kept.append((middle, label))
+        return kept
+
+
+@dataclass(frozen=True, eq=False)
 class Layers:
     """Means by layer: labels in the model's order; every series has positions among them as ``x``, means as ``y``."""
 

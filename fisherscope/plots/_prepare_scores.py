@@ -2,19 +2,24 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import groupby
 
 import numpy as np
 import torch
 
 from .._typing import Float, Int
+from ..models import layer_of
 from ..scores import FisherScores, by_layer
-from ._prepare import LOSS_LABELS, Layers, Line, Lines, Titles, as_sequence, model_name, titles_of
+from ._prepare import LOSS_LABELS, Layers, Line, Lines, Parameters, Titles, as_sequence, model_name, titles_of
 
 MOST_POINTS = 2000
 """Points of a curve, whatever the number of entries; more than a column of print can resolve."""
 
 MOST_MARKERS = 400
 """Points of a curve up to which each is marked."""
+
+LOWEST = 1e-12
+"""The share of the highest mean below which those of other parameters are rounding noise and are not drawn."""
 
 
 def sorted_lines(scores: FisherScores | Sequence[FisherScores], by: str, normalized: bool, titles: Titles) -> Lines:
@@ -49,8 +54,8 @@ def sorted_lines(scores: FisherScores | Sequence[FisherScores], by: str, normali
     )
 
 
-def parameter_lines(scores: FisherScores | Sequence[FisherScores], titles: Titles) -> Lines:
-    """Mean score of the entries of every parameter, in the model's order; those that are 0 are gaps.
+def parameter_lines(scores: FisherScores | Sequence[FisherScores], titles: Titles) -> Parameters:
+    """Mean score of the entries of every parameter, in the model's order; those below :data:`LOWEST` are gaps.
 
     Raises:
         TypeError: If something else than scores was given.
@@ -58,21 +63,24 @@ def parameter_lines(scores: FisherScores | Sequence[FisherScores], titles: Title
     """
     given = as_sequence(scores, FisherScores, "parameter_scores")
     _check_same_reduction(given)
+    means = [_values(one, "parameter") for one in given]
+    lowest = LOWEST * max(float(values.max()) for values in means)
     lines, notes = [], []
-    for one, title in zip(given, titles_of(given, titles, differing_titles(given)), strict=True):
-        values = _values(one, "parameter")
+    for values, title in zip(means, titles_of(given, titles, differing_titles(given)), strict=True):
         if not values.any():
             raise ValueError(f"All scores of {title} are 0, so there is nothing to draw on a logarithmic axis.")
-        lines.append(Line(title, np.arange(1.0, len(values) + 1), np.where(values > 0, values, np.nan)))
+        is_shown = (values > 0) & (values >= lowest)
+        lines.append(Line(title, np.arange(1.0, len(values) + 1), np.where(is_shown, values, np.nan)))
         if zeros := int((values == 0).sum()):
             notes.append(f"{title}: {zeros} of {len(values)} parameters are exactly 0")
-    return Lines(
+        if low := int((~is_shown & (values > 0)).sum()):
+            notes.append(f"{title}: {low} of {len(values)} parameters are below {LOWEST:g} of the highest, not shown")
+    found = list(dict.fromkeys(map(_layer_ends, given)))
+    return Parameters(
         tuple(lines),
-        "parameters, in the model's order",
+        tuple(tuple(_kept(one)) for one in given),
+        found[0] if len(found) == 1 else (),
         "mean Fisher score" + unit_of(given),
-        True,
-        False,
-        all(len(line.x) <= MOST_MARKERS for line in lines),
         (*notes, *_new_parameters_note(given)),
     )
 
@@ -204,10 +212,28 @@ def _check_same_reduction(given: Sequence[FisherScores]) -> None:
         )
 
 
+def _kept(scores: FisherScores) -> list[str]:
+    """Parameters that the checkpoint had."""
+    new = set(scores.new_parameters)
+    return [name for name, score in scores.items() if name not in new and score.numel()]
+
+
+def _layer_ends(scores: FisherScores) -> tuple[tuple[str, int, int], ...]:
+    """Label, first and last parameter of every layer, counted from 1."""
+    layers = list(map(layer_of, _kept(scores)))
+    names = list(dict.fromkeys(layers))
+    labels = dict(zip(names, short_labels(names, _prefix(scores)), strict=True))
+    groups = [list(group) for _, group in groupby(enumerate(layers, 1), key=lambda place: place[1])]
+    return tuple((labels[group[0][1]], group[0][0], group[-1][0]) for group in groups)
+
+
+def _prefix(scores: FisherScores) -> str:
+    return (scores.provenance.get("model") or {}).get("prefix", "")
+
+
 def _values(scores: FisherScores, by: str) -> Float[np.ndarray, "units"]:
     """Scores of the entries or parameters that the checkpoint had, unsorted."""
-    new = set(scores.new_parameters)
-    kept = [score.detach() for name, score in scores.items() if name not in new and score.numel()]
+    kept = [scores[name].detach() for name in _kept(scores)]
     if not kept:
         raise ValueError("There is nothing to draw: every scored parameter was drawn at random.")
     if by == "parameter":
@@ -246,8 +272,7 @@ def _means(scores: FisherScores) -> dict[str, float]:
     means = by_layer(scores)
     if not means:
         raise ValueError("There is nothing to draw: every scored parameter was drawn at random.")
-    prefix = (scores.provenance.get("model") or {}).get("prefix", "")
-    return dict(zip(short_labels(list(means), prefix), means.values(), strict=True))
+    return dict(zip(short_labels(list(means), _prefix(scores)), means.values(), strict=True))
 
 
 def _merged(orders: Sequence[Sequence[str]]) -> list[str]:
