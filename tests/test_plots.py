@@ -339,9 +339,8 @@ def test_parameters_are_dots_above_the_names_of_their_layers():
     assert drawn.names == (("net.layer.0.a", "net.layer.0.b", "net.layer.1.a", "net.layer.1.b"),)
     axes = _matplotlib.parameter_scores(drawn).axes[0]
     assert [line.get_linestyle() for line in axes.lines] == ["None"]
-    assert [(text.get_text(), place) for text, place in zip(axes.get_xticklabels(), axes.get_xticks(), strict=True)] == [
-        ("layer 0", 1.5), ("layer 1", 3.5),
-    ]  # fmt: skip
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["layer 0", "layer 1"]
+    assert axes.get_xticks().tolist() == [1.5, 3.5]
     assert axes.get_xlabel() == "parameters, in the model's order, by layer"
     figure = _plotly.parameter_scores(drawn)
     assert [trace.mode for trace in figure.data] == ["markers"]
@@ -986,6 +985,46 @@ def test_a_page_of_curves_has_the_references_as_lines():
     assert [shape.y0 for shape in figure.layout.shapes] == [8.0, 5.0]
     assert {"ln V = 8", "unigram entropy = 5"} <= {note.text for note in figure.layout.annotations}
     assert figure.layout.yaxis.range[1] == 8.5
+
+
+def halved_scores(seed: int = 0) -> FisherScores:
+    """Scores whose first half, of 10 of 18 examples, has a quarter of every sum but that of the last parameter."""
+    given = followed_scores(seed)
+    shares = {name: torch.full(t.shape, 0.25, dtype=torch.float16) for name, t in given.items()}
+    shares["head.bias"] = torch.zeros_like(shares["head.bias"])
+    quarters = replace(given.quarters, num_examples=(2, 3, 2, 1))
+    return replace(given, first_half=shares, quarters=quarters)
+
+
+def test_layers_have_whiskers_between_the_means_by_either_half():
+    drawn = layers([halved_scores(), some_scores(1)], ["a", "b"])
+    means = np.array([float(t.mean()) for t in halved_scores().values()])
+    first, second = means * 0.25 * 8 / 4, means * 0.75 * 8 / 4
+    first[3], second[3] = means[3], 2 * means[3]  # an end at 0 cannot be shown
+    ranges = drawn.ranges[0]
+    assert ranges is not None and drawn.ranges[1] is None
+    np.testing.assert_allclose(ranges, [first, second], rtol=1e-3)
+    assert "whiskers: means by either half of the examples alone" in drawn.notes
+    assert not any("whiskers" in note for note in layers(some_scores(), None).notes)
+    (lines,) = _matplotlib.layer_scores(drawn).axes[0].collections
+    ends = np.array([path.vertices[:, 0] for path in lines.get_paths()]).T
+    np.testing.assert_array_equal(ends, ranges)
+    a, b = _plotly.layer_scores(drawn).data
+    np.testing.assert_allclose([a.x - a.error_x.arrayminus, a.x + a.error_x.array], ranges)
+    assert b.error_x.array is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_dots_of_several_scores_do_not_cover_each_other(count: int):
+    drawn = layers([some_scores(0)] * count, None)
+    figure = _matplotlib.layer_scores(drawn)
+    heights = [line.get_ydata() for line in figure.axes[0].lines]
+    assert [np.array_equal(t.y, y) for t, y in zip(_plotly.layer_scores(drawn).data, heights, strict=True)] == [
+        True
+    ] * count
+    assert np.allclose(np.mean(heights, axis=0), range(4)) and np.abs(heights - np.arange(4)).max() < 0.4
+    pixels = figure.axes[0].transData.transform(np.column_stack([np.ones(count), [y[0] for y in heights]]))[:, 1]
+    assert (np.abs(np.diff(pixels)) * 72 / figure.dpi >= 2.5).all()
 
 
 def test_pages_of_scores_show_the_same_points_as_print():

@@ -226,7 +226,8 @@ def parameter_scores(scores: FisherScores | Sequence[FisherScores], out: str | P
     """Draw the mean score of the entries of every parameter as a dot, in the model's order, on a logarithmic axis.
 
     Every other layer is shaded, and layers are named where there is room. Means below 1e-12 of the highest, such as
-    those of key biases, which softmax does not see, are rounding noise: they are counted and not drawn. The counterpart of figures 6 to 8 of arXiv 2406.14005. Parameters drawn at random are left out.
+    those of key biases, which softmax does not see, are rounding noise: they are counted and not drawn. The counterpart
+    of figures 6 to 8 of arXiv 2406.14005. Parameters drawn at random are left out.
 
     Args:
         scores: One, or several that become curves.
@@ -247,7 +248,8 @@ def parameter_scores(scores: FisherScores | Sequence[FisherScores], out: str | P
 def layer_scores(scores: FisherScores | Sequence[FisherScores], out: str | Path, *, titles: Titles = None) -> Path:
     """Draw the mean score of the entries of every layer, in the model's order, on a logarithmic axis.
 
-    Several models share the rows whose names they have in common. Parameters drawn at random are left out.
+    Several models share the rows whose names they have in common. Where scores hold halves (``estimate_fisher`` with
+    ``halves=True``), a whisker joins the means by either half of the examples. Parameters drawn at random are left out.
 
     Args:
         scores: One, or several that become differently marked dots.

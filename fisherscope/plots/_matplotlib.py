@@ -210,11 +210,15 @@ def parameter_scores(parameters: Parameters) -> Figure:
 @matplotlib.rc_context(STYLE)
 def layer_scores(layers: Layers) -> Figure:
     """Mean score by layer, the first at the top; dots, since a logarithmic axis has no zero for bars to stand on."""
-    left, height = 0.15 + max(map(text_width, layers.labels)), 0.1 + 0.15 * len(layers.labels)
+    row = max(0.15, 0.06 * (len(layers.series) + 1))
+    left, height = 0.15 + max(map(text_width, layers.labels)), 0.1 + row * len(layers.labels)
     single = Single([series.title for series in layers.series], layers.notes, left=left, height=height)
-    for number, series in enumerate(layers.series):
+    for number, (series, ends) in enumerate(zip(layers.series, layers.ranges, strict=True)):
+        look, rows = single.style(number), layers.rows(number)
         dots = {"linestyle": "none", "marker": MARKERS[number % len(MARKERS)], "markersize": 3.5}
-        single.axes.plot(series.y, series.x, **single.style(number) | dots)
+        single.axes.plot(series.y, rows, **look | dots)
+        if ends is not None:
+            single.axes.hlines(rows, *ends, color=look["color"], linewidth=0.8)
     single.axes.set_yticks(range(len(layers.labels)), layers.labels)
     single.axes.set(xlabel=layers.value_label, ylim=(len(layers.labels) - 0.5, -0.5))
     single.axes.grid(axis="y", color="0.85", linewidth=0.5)

@@ -190,14 +190,16 @@ def parameter_scores(parameters: Parameters) -> go.Figure:
 
 def layer_scores(layers: Layers) -> go.Figure:
     """Mean score by layer, the first at the top."""
-    figure = _single(layers.notes, height=160 + 26 * len(layers.labels))
-    for number, series in enumerate(layers.series):
+    row = max(26, 9 * (len(layers.series) + 1))
+    figure = _single(layers.notes, height=160 + row * len(layers.labels))
+    for number, (series, ends) in enumerate(zip(layers.series, layers.ranges, strict=True)):
         names = [layers.labels[int(position)] for position in series.x]
         marker = {"symbol": _MARKERS[number % len(_MARKERS)], "size": 10, "color": COLOURS[number % len(COLOURS)]}
         figure.add_trace(
             go.Scatter(
                 x=series.y,
-                y=series.x,
+                y=layers.rows(number),
+                error_x=None if ends is None else _whiskers(series.y, *ends),
                 customdata=names,
                 name=folded(series.title),
                 mode="markers",
@@ -213,6 +215,13 @@ def layer_scores(layers: Layers) -> go.Figure:
         zeroline=False,
     )
     return figure
+
+
+def _whiskers(middle: np.ndarray, low: np.ndarray, high: np.ndarray) -> dict[str, Any]:
+    return {
+        "type": "data", "symmetric": False, "array": high - middle, "arrayminus": middle - low,
+        "thickness": 1, "width": 0,
+    }  # fmt: skip
 
 
 def stability(lines: Lines) -> go.Figure:

@@ -218,12 +218,26 @@ class Parameters:
 
 @dataclass(frozen=True, eq=False)
 class Layers:
-    """Means by layer: labels in the model's order; every series has positions among them as ``x``, means as ``y``."""
+    """Means by layer.
+
+    Attributes:
+        labels: In the model's order.
+        series: Of every model; positions among the labels as ``x``, means as ``y``.
+        ranges: Of every series, the lower and the higher mean by either half of the examples; None without halves.
+        value_label: Of the axis of the means.
+        notes: What must be said below the figure.
+    """
 
     labels: tuple[str, ...]
     series: tuple[Line, ...]
+    ranges: tuple[tuple[Float[np.ndarray, "points"], Float[np.ndarray, "points"]] | None, ...]
     value_label: str
     notes: tuple[str, ...]
+
+    def rows(self, number: int) -> Float[np.ndarray, "points"]:
+        """Where the dots of a series stand: beside the row's middle if there are several series, so all are seen."""
+        count = len(self.series)
+        return self.series[number].x + (number - (count - 1) / 2) * min(0.25, 0.75 / count)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ import torch
 
 from .._typing import Float, Int
 from ..models import layer_of
-from ..scores import FisherScores, by_layer
+from ..scores import FisherScores, Summary, summarize
 from ._prepare import LOSS_LABELS, Layers, Line, Lines, Parameters, Titles, as_sequence, model_name, titles_of
 
 MOST_POINTS = 2000
@@ -94,20 +94,32 @@ def layers(scores: FisherScores | Sequence[FisherScores], titles: Titles) -> Lay
     """
     given = as_sequence(scores, FisherScores, "layer_scores")
     _check_same_reduction(given)
-    means = [_means(one) for one in given]
-    labels = _merged([list(mean) for mean in means])
-    if not any(value for mean in means for value in mean.values()):
+    layered = [_by_label(one) for one in given]
+    labels = _merged([list(rows) for rows in layered])
+    if not any(row.mean for rows in layered for row in rows.values()):
         raise ValueError("All scores are 0, so there is nothing to draw on a logarithmic axis.")
-    series, notes = [], []
-    for title, mean in zip(titles_of(given, titles, differing_titles(given)), means, strict=True):
-        shown = [label for label, value in mean.items() if value]
-        series.append(
-            Line(title, np.array([float(labels.index(s)) for s in shown]), np.array([mean[s] for s in shown]))
-        )
-        if zero := [label for label, value in mean.items() if not value]:
+    series, ranges, notes = [], [], []
+    for title, rows in zip(titles_of(given, titles, differing_titles(given)), layered, strict=True):
+        shown = {label: row for label, row in rows.items() if row.mean}
+        places = np.array([float(labels.index(label)) for label in shown])
+        series.append(Line(title, places, np.array([row.mean for row in shown.values()])))
+        ranges.append(_range_of(list(shown.values())))
+        if zero := [label for label in rows if label not in shown]:
             notes.append(f"{title}: exactly 0 in {', '.join(zero)}")
+    if any(ranges):
+        notes.append("whiskers: means by either half of the examples alone")
     value_label = "mean Fisher score of an entry" + unit_of(given)
-    return Layers(tuple(labels), tuple(series), value_label, (*notes, *_new_parameters_note(given)))
+    return Layers(tuple(labels), tuple(series), tuple(ranges), value_label, (*notes, *_new_parameters_note(given)))
+
+
+def _range_of(rows: Sequence[Summary]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The lower and the higher mean by either half, the mean itself in place of 0, which no logarithmic axis has."""
+    halves = [(row.first_half_mean, row.second_half_mean) for row in rows]
+    if not halves or any(mean is None for pair in halves for mean in pair):
+        return None
+    ends = np.sort(np.array(halves, dtype=float), axis=1)
+    low, high = np.where(ends > 0, ends, [[row.mean] for row in rows]).T
+    return low, high
 
 
 def stability_lines(scores: FisherScores | Sequence[FisherScores], titles: Titles) -> Lines:
@@ -268,11 +280,11 @@ def _new_parameters_note(given: Sequence[FisherScores]) -> tuple[str, ...]:
     return (f"without {left_out} parameter{'s' if left_out > 1 else ''} drawn at random",) if left_out else ()
 
 
-def _means(scores: FisherScores) -> dict[str, float]:
-    means = by_layer(scores)
-    if not means:
+def _by_label(scores: FisherScores) -> dict[str, Summary]:
+    rows = summarize(scores)
+    if not rows:
         raise ValueError("There is nothing to draw: every scored parameter was drawn at random.")
-    return dict(zip(short_labels(list(means), _prefix(scores)), means.values(), strict=True))
+    return dict(zip(short_labels([row.name for row in rows], _prefix(scores)), rows, strict=True))
 
 
 def _merged(orders: Sequence[Sequence[str]]) -> list[str]:
