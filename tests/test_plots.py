@@ -447,7 +447,7 @@ def test_stability_is_a_line_per_fraction():
     assert [line.title for line in lines.lines] == ["top 10 %", "top 50 %"]
     assert [line.x.tolist() for line in lines.lines] == [[8, 10, 13, 17, 18]] * 2
     assert [line.y.tolist() for line in lines.lines] == [[p[k] for p in HISTORY] for k in (1, 2)]
-    assert lines.notes == ("m, 8 examples",)
+    assert lines.notes == ("m, 8 examples", "dotted: the overlap of two random masks of that size")
     several = stability_lines([followed_scores(name="m"), followed_scores(1, name="n")], None)
     assert [line.title for line in several.lines] == ["m: top 10 %", "m: top 50 %", "n: top 10 %", "n: top 50 %"]
 
@@ -768,7 +768,7 @@ def regions(figure: Any) -> dict[str, Any]:
 def test_nothing_on_a_printed_page_overlaps(name: str):
     figure = getattr(_matplotlib, name)(PREPARED[name]())
     found = regions(figure)
-    parts = {"surface": 11, "contour": 11, "curves": 3, "sorted_scores": 3, "layer_scores": 2, "stability": 2}
+    parts = {"surface": 11, "contour": 11, "curves": 3, "sorted_scores": 3, "layer_scores": 2, "stability": 3}
     parts["parameter_scores"] = 2
     assert len(found) == (parts | {"comparison": 5, "dropout_sites": 3})[name]
     pairs = [(a, b) for a in found for b in found if a < b and found[a].overlaps(found[b])]
@@ -909,6 +909,18 @@ def test_printed_comparisons_are_the_agreement_and_the_counts():
     masks = compared(top_fraction(some_scores(0), 0.5), top_fraction(some_scores(1), 0.5), 0.1, None)
     assert len(_matplotlib.comparison(masks).axes) == 1
     assert _matplotlib.comparison(masks).get_size_inches()[0] == 3.3
+
+
+def test_stability_has_what_chance_gives_as_dotted_lines_once_for_all_scores():
+    lines = stability_lines([followed_scores(0), followed_scores(1)], None)
+    assert lines.levels == (("chance, top 10 %", 0.1), ("chance, top 50 %", 0.5))
+    axes = _matplotlib.stability(lines).axes[0]
+    assert [line.get_ydata()[0] for line in axes.lines[4:]] == [0.1, 0.5]
+    assert [text.get_text() for text in axes.texts] == ["chance, top 10 %", "chance, top 50 %"]
+    assert axes.get_ylim()[0] < 0.1
+    layout = _plotly.stability(lines).layout
+    assert [(shape.y0, shape.line.dash) for shape in layout.shapes] == [(0.1, "dot"), (0.5, "dot")]
+    assert {text for text, _ in lines.levels} <= {note.text for note in layout.annotations}
 
 
 def test_printed_stability_names_its_moments():

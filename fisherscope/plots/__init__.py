@@ -271,7 +271,7 @@ def stability(scores: FisherScores | Sequence[FisherScores], out: str | Path, *,
     """Draw how stable masks of the top scores were while the examples came in, a line per fraction.
 
     The height is the expected overlap with the mask from a fresh draw of as many examples
-    (:meth:`fisherscope.FisherScores.stability`).
+    (:meth:`fisherscope.FisherScores.stability`). What two random masks of a fraction would have in common is dotted.
 
     Args:
         scores: One, or several.

@@ -248,6 +248,10 @@ def stability(lines: Lines) -> Figure:
         style = single.style(number) | {"marker": MARKERS[number % len(MARKERS)], "markersize": 2.5}
         single.axes.plot(line.x, line.y, **style)
     single.axes.set(xlabel=lines.x_label, ylabel=lines.y_label, xscale="log")
+    for name, height in lines.levels:
+        single.axes.axhline(height, color=QUIET, linewidth=0.6, linestyle=_DOTS, zorder=1)
+        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
+        single.axes.annotate(name, (0.98, height), (0, 1.5), color=QUIET, path_effects=outline(), **place)
     single.axes.set_ylim(top=1.0)
     ticks = spread(float(x) for line in lines.lines for x in line.x)
     set_ticks(single.axes.xaxis, [(tick, f"{tick:,.0f}") for tick in ticks])

@@ -239,6 +239,9 @@ def stability(lines: Lines) -> go.Figure:
                 hovertemplate="%{x:,} examples: %{y:.3f}<extra></extra>",
             )
         )
+    for name, height in lines.levels:
+        look: dict[str, Any] = {"color": _QUIET, "width": 1, "dash": "dot"}
+        figure.add_hline(height, line=look, annotation_text=name, annotation_position="top right")
     ticks = [(tick, f"{tick:,.0f}") for tick in spread(float(x) for line in lines.lines for x in line.x)]
     figure.update_xaxes(title=lines.x_label, type="log", **_ticks(ticks))
     figure.update_yaxes(title=lines.y_label)

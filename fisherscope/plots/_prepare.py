@@ -172,6 +172,7 @@ class Lines:
         is_share: Whether ``x`` is a share from 0 to 1 and no count.
         has_markers: Whether there are few enough points to show each.
         notes: What must be said below the figure.
+        levels: Names and heights of dotted lines across.
     """
 
     lines: tuple[Line, ...]
@@ -181,6 +182,7 @@ class Lines:
     is_share: bool
     has_markers: bool
     notes: tuple[str, ...]
+    levels: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

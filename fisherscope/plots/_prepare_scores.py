@@ -123,7 +123,9 @@ def _range_of(rows: Sequence[Summary]) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def stability_lines(scores: FisherScores | Sequence[FisherScores], titles: Titles) -> Lines:
-    """The expected overlap at each moment of a run that noted it, one line per fraction.
+    """The expected overlap at each moment of a run that noted it, one line per fraction, and what chance gives.
+
+    Two random masks of a fraction share that fraction of their entries.
 
     Raises:
         TypeError: If something else than scores was given.
@@ -142,7 +144,8 @@ def stability_lines(scores: FisherScores | Sequence[FisherScores], titles: Title
             numbers, overlaps = np.array(one.quarters.curve(fraction), dtype=float).T
             mask = f"top {100 * fraction:g} %"
             lines.append(Line(f"{name}: {mask}" if len(given) > 1 else mask, numbers, overlaps))
-    note = "" if len(given) > 1 else f"{names[0]}, {given[0].num_examples:,} examples"
+    fractions = sorted({fraction for one in given if one.quarters for fraction in one.quarters.fractions})
+    notes = [] if len(given) > 1 else [f"{names[0]}, {given[0].num_examples:,} examples"]
     return Lines(
         tuple(lines),
         "examples",
@@ -150,7 +153,8 @@ def stability_lines(scores: FisherScores | Sequence[FisherScores], titles: Title
         False,
         False,
         True,
-        (note,) if note else (),
+        (*notes, "dotted: the overlap of two random masks of that size"),
+        tuple((f"chance, top {100 * fraction:g} %", fraction) for fraction in fractions),
     )
 
 
