@@ -142,6 +142,28 @@ def test_a_panel_says_how_far_its_directions_go_by_the_weights_and_the_angle_bet
     assert shown(line, plot="curves").panels[0].notes[1:] == (f"‖d‖{NBSP}={NBSP}5.00", "0.500 of ‖θ‖")
 
 
+@pytest.mark.parametrize("backend", [_matplotlib, _plotly])
+def test_signs_for_lengths_and_angles_are_explained_where_they_are_used(backend: Any):
+    def told(draw: str, *given: Landscape) -> str:
+        figure = getattr(backend, draw)(shown(*given, plot=draw))
+        if backend is _plotly:
+            return " ".join(note.text for note in figure.layout.annotations)
+        return figure.texts[-1].get_text().replace("\n", " ")
+
+    plane, line = with_norms(bowl(), 5.0, 5.0), with_norms(bowl(points=(5,)), 5.0)
+    lengths = "‖d‖: length of a step of 1; ‖θ‖: length of all weights"
+    cosine, axis_ = (
+        "; cosine: of the angle between two directions",
+        "‖δ‖ / ‖θ‖: length of the step, by that of all weights",
+    )
+    for draw, given in (("contour", plane), ("surface", plane), ("curves", line)):
+        assert lengths in told(draw, given)
+        assert (cosine in told(draw, given)) == (given is plane)
+        assert (axis_ in told(draw, given)) == (backend is _matplotlib and draw != "surface")
+    for draw, given in (("contour", bowl()), ("curves", bowl(points=(5,)))):
+        assert not any(words in told(draw, given) for words in (lengths, cosine, axis_))
+
+
 def test_norms_are_those_of_all_replicates_on_average():
     parts = [with_norms(part, norm) for part, norm in zip(several(2).replicates, (3.0, 5.0), strict=True)]
     panel = shown(mean_of(parts), plot="curves").panels[0]

@@ -120,7 +120,12 @@ def contour(panels: Panels) -> Figure:
         between=0.12 if is_shared else numbers + (0.0 if len(set(y_labels)) == 1 else y_label),
         below=0.30 + max(map(text_height, x_labels)),
         above=0.0 if panels.relative is None else 0.33,
-        notes=(*marker_notes(panels), *notes, *([] if is_full else ["hatched where there is no number"])),
+        notes=(
+            *_relative_note(panels),
+            *marker_notes(panels),
+            *notes,
+            *([] if is_full else ["hatched where there is no number"]),
+        ),
     )
     for number, (panel, axes) in enumerate(page.axes()):
         axes.set_aspect("equal" if is_isometric else "auto")
@@ -143,7 +148,7 @@ def curves(panels: Panels) -> Figure:
     scale = panels.scale
     single = Single(
         [f"{panel.title}\n{', '.join(panel.notes)}" for panel in panels.panels],
-        (*panels.notes, *_curve_notes(panels), *marker_notes(panels)),
+        (*panels.notes, *_relative_note(panels), *_curve_notes(panels), *marker_notes(panels)),
         height=1.9 if panels.width != "two-column" else 2.5,
         above=0.0 if panels.relative is None else 0.33,
         width=panels.width,
@@ -579,6 +584,10 @@ def _add_relative_axis(axes: Axes, relative: float) -> Any:
     top.set_xlabel("‖δ‖ / ‖θ‖", labelpad=4)
     top.tick_params(width=0.6, pad=2)
     return top
+
+
+def _relative_note(panels: Panels) -> list[str]:
+    return [] if panels.relative is None else ["‖δ‖ / ‖θ‖: length of the step, by that of all weights"]
 
 
 def _relative_ticks(axes: Axes, panels: Panels) -> list[tuple[float, str]]:

@@ -74,7 +74,8 @@ def panels(
     drawn = tuple(_panel(part, name, scale) for part, name in parts)
     if len(drawn) > MOST_QUADRATICS:
         drawn = tuple(replace(panel, quadratic=None) for panel in drawn)
-    notes = (cut, _grid_note(shown), _replicates_note(shown), _directions_note(given), _data_note(given))
+    symbols = _symbols_note(shown)
+    notes = (cut, _grid_note(shown), _replicates_note(shown), symbols, _directions_note(given), _data_note(given))
     return Panels(drawn, scale, _distinct(shown, scale), tuple(filter(None, notes)), width)
 
 
@@ -454,6 +455,14 @@ def _replicates_note(given: Sequence[Landscape]) -> str:
     axes = len(given[0].axes)
     mean = f"means over {' and '.join(map(str, counts))} {('directions', 'pairs', 'triples')[axes - 1]}"
     return mean + (", shaded: their 95\N{NO-BREAK SPACE}% interval" if axes == 1 else " of directions")
+
+
+def _symbols_note(given: Sequence[Landscape]) -> str:
+    """In words what panels tell of the geometry of their directions."""
+    if not any(map(_relative, given)):
+        return ""
+    cosine = "; cosine: of the angle between two directions" if len(given[0].axes) > 1 else ""
+    return f"‖d‖: length of a step of 1; ‖θ‖: length of all weights{cosine}"
 
 
 def _directions_note(given: Sequence[Landscape]) -> str:
