@@ -400,7 +400,7 @@ def folded(text: str, width: int = _NARROW) -> str:
     return "<br>".join(map(html.escape, textwrap.wrap(text, width)))
 
 
-def add_notes(figure: go.Figure, notes: Sequence[str], labels: int) -> None:
+def add_notes(figure: Any, notes: Sequence[str], labels: int) -> None:
     """Add a lower margin to a figure, of ``labels`` pixels for its axis and as many as the notes in it need."""
     text = "<br>".join(folded(note, _WIDE) for note in notes)
     footer = labels + _LINE * (text.count("<br>") + 1 if text else 0)
