@@ -238,8 +238,8 @@ def open_safetensors(path: Path, format_name: str) -> "Iterator[tuple[safe_open,
         raise WrongFile(f"{path} is not a safetensors file or was cut short; make it again.") from error
 
 
-def origin(path: str | Path) -> str:
-    """What one of our HDF5 files was made from, and when, in a few words.
+def provenance_of(path: str | Path) -> dict[str, Any]:
+    """The provenance of scores or of a landscape, without reading the rest.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -248,7 +248,7 @@ def origin(path: str | Path) -> str:
     with _open_any_hdf5(Path(path)) as file:
         try:
             facts = json.loads(attributes(file)["provenance"])
-            return f"{facts['model']['name']} on {facts['data']['source']}, {facts['time'][:10]}"
+            return {**facts, "model": dict(facts["model"]), "data": dict(facts["data"])}
         except (KeyError, TypeError, ValueError) as error:
             raise WrongFile(f"{path} is not a file of fisherscope; give another --out.") from error
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -149,6 +150,93 @@ def test_existing_output_is_never_replaced_silently(
     assert out.read_bytes() == before
     assert run(*words, "--overwrite", "--seed", "1") == 0
     assert out.read_bytes() != before
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "harmless", "others"),
+    [
+        (
+            "fisher",
+            ["--estimator", "sampled"],
+            ["--batch-size", "2", "--offload", "--engine", "hooks"],
+            {
+                "estimator (sampled there, empirical now)": ["--estimator", "empirical"],
+                "draws (1 there, 2 now)": ["--draws", "2"],
+                "seed (0 there, 1 now)": ["--seed", "1"],
+                "setting of the data: num_examples (4 there, 5 now)": ["--num-examples", "5"],
+                "halves (False there, True now)": ["--halves"],
+                "source of data (text.txt there, builtin:docs now)": ["--data", "builtin:docs"],
+                "model (model there, builtin:bert now)": ["--model", "builtin:bert"],
+            },
+        ),
+        (
+            "landscape",
+            ["--points", "3", "--axes", "1"],
+            ["--batch-size", "2", "--range", "-1", "1"],
+            {
+                "points ([3] there, [5] now)": ["--points", "5"],
+                "measures (False there, True now)": ["--measures"],
+                "normalize (filter there, row now)": ["--normalize", "row"],
+                "span ([[-1.0, 1.0]] there, [[-0.5, 0.5]] now)": ["--span", "0.5"],
+                "model (model there, builtin:bert now)": ["--model", "builtin:bert"],
+            },
+        ),
+    ],
+)
+def test_finished_file_of_another_command_is_not_taken_for_the_result(
+    command: str,
+    given: list[str],
+    harmless: list[str],
+    others: dict[str, list[str]],
+    flags: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "result.h5"
+    words = [command, *flags, "--num-examples", "4", *given, "--out", out]
+    assert run(*words) == 0
+    before = out.read_bytes()
+    assert run(*words, *harmless, "--resume") == 0
+    assert "nothing to resume" in capsys.readouterr().out
+    for found, other in others.items():
+        message = refused(capsys, *words, *other, "--resume")
+        assert f"was made with another {found}; give another --out, or --overwrite" in message
+    assert out.read_bytes() == before
+    with h5py.File(out, "r+") as file:  # as earlier versions made it
+        facts = json.loads(file.attrs["provenance"])
+        del facts["flags"]
+        file.attrs["provenance"] = json.dumps(facts)
+    assert run(*words, "--seed", "0", *next(iter(others.values())), "--resume") == 0
+
+
+def test_masks_and_models_of_the_same_name_are_told_apart(
+    folder: Path, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores, mask, out = tmp_path / "scores.h5", tmp_path / "mask.safetensors", tmp_path / "curve.h5"
+    run("fisher", *flags, "--num-examples", "4", "--out", scores)
+    choose = ["mask", scores, "--out", mask, "--overwrite", "--fraction"]
+    run(*choose, "0.5")
+    words = ["landscape", *flags, "--num-examples", "4", "--axes", "1", "--points", "3", "--out", out]
+    assert run(*words, "--mask", mask, "--scores", scores) == 0
+    run(*choose, "0.5")
+    assert run(*words, "--mask", mask, "--scores", scores, "--resume") == 0  # made again, the same
+    run(*choose, "0.4")
+    assert "another mask (" in refused(capsys, *words, "--mask", mask, "--scores", scores, "--resume")
+    other = tmp_path / "other" / "model"
+    shutil.copytree(folder / "model", other)
+    model = BertForMaskedLM.from_pretrained(other)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    model.save_pretrained(other)
+    between = [*words[:-1], tmp_path / "between.h5", "--directions", "between", "--models"]
+    assert run(*between, other) == 0
+    copy = shutil.copytree(other, tmp_path / "copy" / "model")
+    assert run(*between, copy, "--resume") == 0
+    shutil.rmtree(copy)
+    shutil.copytree(folder / "model", copy)
+    assert "another models (" in refused(capsys, *between, copy, "--resume")
+    found = refused(capsys, *words, "--mask", mask, "--scores", scores, "--model", other, "--resume")
+    assert "another mask" in found  # the names of the models are the same, the first difference is the mask's
 
 
 def test_config_file_gives_flags_and_the_command_line_wins(flags: list[str], tmp_path: Path) -> None:
@@ -424,6 +512,45 @@ def test_killed_command_resumes_to_the_same_file(
         )  # fmt: skip
     assert _contents(out) == _contents(whole)
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "interrupted_at"),
+    [
+        ("fisher", [], "fisherscope.scores.FisherScores.save"),
+        ("landscape", ["--axes", "1", "--points", "3", "--measures"], "fisherscope.landscape.measures.measure_model"),
+    ],
+)
+def test_replacement_that_was_interrupted_is_gone_on_with(
+    command: str,
+    settings: list[str],
+    interrupted_at: str,
+    flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out, part = tmp_path / "result.h5", tmp_path / "result.h5.part"
+    words = [command, *flags, "--num-examples", "4", *settings, "--out", out]
+    assert run(*words) == 0
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(interrupted_at, interrupted)
+        assert run(*words, "--seed", "1", "--overwrite") == 130
+    begun = part.read_bytes()
+    assert "begun with another" in refused(capsys, *words, "--resume")
+    assert run(*words, "--seed", "1", "--resume") == 0
+    assert not part.exists()
+    replaced = _contents(out)
+    part.write_bytes(begun)  # as if it had been killed before the part was deleted
+    assert run(*words, "--seed", "1", "--resume") == 0
+    assert not part.exists() and _contents(out) == replaced
+    assert run(*words, "--seed", "2", "--overwrite") == 0
+    assert run(*words, "--seed", "2", "--resume") == 0
+    assert "nothing to resume" in capsys.readouterr().out
 
 
 def test_measures_that_were_interrupted_are_made_up_for(

@@ -90,8 +90,10 @@ def add_general_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def output_is_complete(args: argparse.Namespace) -> bool:
-    """Settle what is to be done about ``--out``; True if ``--resume`` finds the result already there.
+def output_is_finished(args: argparse.Namespace) -> bool:
+    """Settle what is to be done about ``--out``; True if ``--resume`` finds a result there, and no work in progress.
+
+    A part beside a finished file is that of its replacement.
 
     Raises:
         FileExistsError: If there is a result, or a part of one, and no flag says what to do.
@@ -99,8 +101,7 @@ def output_is_complete(args: argparse.Namespace) -> bool:
     part = storage.part_path(args.out)
     resume = getattr(args, "resume", False)
     if args.out.exists() and resume and not args.overwrite:
-        print(f"{args.out} is complete ({storage.origin(args.out)}); nothing to resume.")
-        return True
+        return not part.exists()
     if args.out.exists() and not args.overwrite:
         raise FileExistsError(f"{args.out} exists; give --overwrite to replace it, or another --out.")
     if part.exists() and not resume and not args.overwrite:

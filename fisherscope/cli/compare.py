@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import storage
-from ._common import add_general_flags, output_is_complete
+from ._common import add_general_flags, output_is_finished
 
 if TYPE_CHECKING:
     from ..experiments.comparison import Comparison
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out is not None:
         if args.out.suffix not in SUFFIXES:
             args.refuse(f"argument --out: a table is {', '.join(SUFFIXES)}; got {args.out.name!r}")
-        output_is_complete(args)
+        output_is_finished(args)
     from ..experiments import compare_methods, read_runs
 
     comparison = compare_methods(

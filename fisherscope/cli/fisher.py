@@ -2,9 +2,11 @@
 
 import argparse
 import logging
+from typing import Any
 
 from .. import storage
-from ._common import add_memory_flags, add_model_and_data_flags, add_output_flags, load, output_is_complete
+from ._common import add_memory_flags, add_model_and_data_flags, add_output_flags, load, output_is_finished
+from ._finished import check_finished, deciding_flags, with_flags
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +52,13 @@ def run(args: argparse.Namespace) -> None:
     with distributed.started(args.device) as args.device:
         if not distributed.is_first():
             logging.getLogger("fisherscope").setLevel(logging.ERROR)
-        if not distributed.first_says(distributed.is_first() and output_is_complete(args)):
-            _estimate(args)
+        _estimate(args, finished=distributed.first_says(distributed.is_first() and output_is_finished(args)))
 
 
-def _estimate(args: argparse.Namespace) -> None:
+def _estimate(args: argparse.Namespace, *, finished: bool) -> None:
     from .. import distributed
     from ..fisher import estimate_fisher
+    from ..fisher.run import in_random_order
     from ..models import new_parameters
     from .info import describe_scores, describe_stability
     from .plan import chosen, show_plan
@@ -65,6 +67,10 @@ def _estimate(args: argparse.Namespace) -> None:
     if args.shard:
         args.device = "cpu"  # from where one block after the other goes to the device
     model, batches, objective = load(args)
+    if finished:
+        taken = batches if args.until_stable is None else in_random_order(batches)
+        check_finished(args.out, model, taken, _flags(args))
+        return
     if new_parameters(model):
         logger.warning(
             "The scores of all other parameters are those of gradients through what was drawn at random, and their "
@@ -96,9 +102,16 @@ def _estimate(args: argparse.Namespace) -> None:
         checkpoint=part,
     )
     if distributed.is_first() or scores.is_sharded:
-        scores.save(args.out)
+        with_flags(scores, _flags(args)).save(args.out)
     if not distributed.is_first():
         return
     part.unlink(missing_ok=True)
     described = repr(scores) if scores.is_sharded else describe_scores(scores)
     print(f"{args.out}: {described}", *describe_stability(scores, args.fraction), sep="\n")
+
+
+def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that decide the result; the batch size does where gradients are averaged, or the run may stop."""
+    by_batch = args.estimator == "squared-batch-mean" or args.until_stable is not None
+    batch_size = {"batch_size": args.batch_size} if by_batch else {}
+    return deciding_flags(args, engine="loop" if args.engine == "loop" else "hooks", **batch_size)

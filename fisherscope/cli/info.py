@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import storage
 from ._common import add_general_flags
+from ._finished import FLAGS
 
 if TYPE_CHECKING:
     from ..comparison import Comparison
@@ -269,8 +270,8 @@ def _write(table: Table, path: Path) -> None:
 
 
 def _described(provenance: Mapping[str, Any]) -> list[str]:
-    """Provenance, one line for each key that says something."""
-    shown = {key: words for key, value in provenance.items() if (words := _words(value))}
+    """Provenance, one line for each key that says something; the command says the flags."""
+    shown = {key: words for key, value in provenance.items() if key != FLAGS and (words := _words(value))}
     width = max(map(len, shown), default=0)
     return [f"{key:<{width}}  {words}" for key, words in shown.items()]
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import storage
-from ._common import add_model_and_data_flags, add_output_flags, load, output_is_complete
+from ._common import add_model_and_data_flags, add_output_flags, load, output_is_finished
+from ._finished import check_finished, content, deciding_flags, with_flags
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -100,11 +101,10 @@ def run(args: argparse.Namespace) -> None:
     with distributed.started(args.device) as args.device:
         if not distributed.is_first():
             logging.getLogger("fisherscope").setLevel(logging.ERROR)
-        if not distributed.first_says(distributed.is_first() and output_is_complete(args)):
-            _scan(args)
+        _scan(args, finished=distributed.first_says(distributed.is_first() and output_is_finished(args)))
 
 
-def _scan(args: argparse.Namespace) -> None:
+def _scan(args: argparse.Namespace, *, finished: bool) -> None:
     from .. import distributed
     from ..landscape import scan_landscape
     from ..landscape.curvature import Curvature
@@ -120,6 +120,10 @@ def _scan(args: argparse.Namespace) -> None:
     mask = Mask.load(args.mask) if args.mask else None
     scores = FisherScores.load(args.scores) if args.scores else None
     model, batches, objective = load(args)
+    flags = _flags(args, axes, points)
+    if finished:
+        check_finished(args.out, model, batches, flags)
+        return
     space = _space(args, model, batches, mask, objective, axes)
     part = storage.part_path(args.out)
     moving: dict[str, Any] = {name: getattr(args, name) for name in MOVING}
@@ -145,9 +149,24 @@ def _scan(args: argparse.Namespace) -> None:
     if args.measures or args.eigenvalue_ratio:
         moves = Moves(model, axes, space, mask, scores, **moving).along()
         landscape = _with_measures(args, landscape, moves, Curvature(model, batches, objective=objective, mask=mask))
-    landscape.save(args.out)  # not before: what is there counts as complete
+    with_flags(landscape, flags).save(args.out)  # not before: what is there counts as complete
     part.unlink(missing_ok=True)
     print(f"{args.out}: {describe_landscape(landscape)}")
+
+
+def _flags(args: argparse.Namespace, axes: int, points: list[int]) -> dict[str, Any]:
+    """Those that decide the result, with what is in the files that they name."""
+    span = _given_span(args, axes) or (None if args.models else 1.0)
+    return deciding_flags(
+        args,
+        axes=axes,
+        points=points,
+        range=None,
+        span=[(-span, span)] * axes if isinstance(span, float) else span,
+        mask=content(args.mask),
+        scores=content(args.scores),
+        models=[content(name) for name in args.models],
+    )
 
 
 def _with_measures(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import storage
-from ._common import add_output_flags, output_is_complete
+from ._common import add_output_flags, output_is_finished
 
 if TYPE_CHECKING:
     from ..landscape import Landscape
@@ -93,7 +93,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Read, draw, save."""
-    if output_is_complete(args):
+    if output_is_finished(args):
         return
     formats = {storage.file_format(path) for path in args.files}
     if formats == {"fisherscope.landscape"}:

@@ -114,7 +114,7 @@ def estimate_fisher(
         if share is not None and not 0 < share < 1:
             raise ValueError(f"{name} must be between 0 and 1, got {share:g}.")
     if until_stable is not None:
-        batches = _in_random_order(batches)
+        batches = in_random_order(batches)
     stopping = None if until_stable is None else {"until_stable": until_stable, "fraction": fraction}
     facts = _facts(model, batches, objective, estimand, make_engine.__name__, halves, stopping)
     _check_same_on_all_ranks(facts)
@@ -190,7 +190,7 @@ def _check_same_on_all_ranks(facts: Mapping[str, Any]) -> None:
         raise ValueError(f"All ranks share one run, but rank {distributed.rank()} was given another {found}.")
 
 
-def _in_random_order(batches: Iterable[Batch]) -> Iterable[Batch]:
+def in_random_order(batches: Iterable[Batch]) -> Iterable[Batch]:
     """The same examples, of which any first few are a fair selection, if the order is ours to choose."""
     if not isinstance(batches, Batches):
         return batches
