@@ -540,6 +540,7 @@ def test_replacement_that_was_interrupted_is_gone_on_with(
     with monkeypatch.context() as patch:
         patch.setattr(interrupted_at, interrupted)
         assert run(*words, "--seed", "1", "--overwrite") == 130
+    assert "goes on from what was saved, if anything was." in capsys.readouterr().err
     begun = part.read_bytes()
     assert "begun with another" in refused(capsys, *words, "--resume")
     assert run(*words, "--seed", "1", "--resume") == 0

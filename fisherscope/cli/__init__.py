@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         resumable = argv[:1] in (["fisher"], ["landscape"], ["finetune"], ["demo"])
         again = "the same command" if argv[:1] == ["sweep"] else "the same command with --resume" if resumable else ""
-        hint = f"; {again} goes on from what was saved" if again else ""
+        hint = f"; {again} goes on from what was saved, if anything was" if again else ""
         print(f"fisherscope: interrupted{hint}.", file=sys.stderr)
         return 130
     except Exception as error:
