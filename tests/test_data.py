@@ -364,8 +364,19 @@ def test_blank_texts_are_skipped_for_language_models_and_refused_with_labels(tmp
         (
             "a.json",
             '{"text": "a"',
-            "a.json must hold a list of objects, or one object per line: Expecting ',' delimiter: "
-            "line 1 column 13 (char 12).",
+            "a.json must hold a list of objects, or one object per line: Expecting ',' delimiter: line 1 column 13.",
+        ),
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{broken}\n',
+            "a.jsonl must hold a list of objects, or one object per line: Expecting property name enclosed in double "
+            "quotes: line 2 column 2.",
+        ),
+        (
+            "a.csv",
+            "text;id\na;1\n",
+            "a.csv has no column sentence1 with sentence2, sentence or text; it has 'text;id'; it looks separated by "
+            "';', write it with commas.",
         ),
         ("a.jsonl", '{"text": "a"}\n"b"\n', "a.jsonl must hold one object per example, but row 2 is 'b'."),
         ("a.jsonl", '{"text": 3}', "A text must be a string, but row 1, column 'text' of a.jsonl holds 3."),

@@ -265,7 +265,8 @@ def _chosen(source: Source, num_examples: int | None, seed: int) -> list[int]:
         return list(range(available))
     _at_least(1, "num_examples", num_examples)
     if num_examples > available:
-        logger.warning("%s holds %d examples, %d were asked for; all are used.", source.name, available, num_examples)
+        found = "only 1 example" if available == 1 else f"{available} examples"
+        logger.warning("%s holds %s, %d were asked for; all are used.", source.name, found, num_examples)
     return sorted(np.random.default_rng(seed).permutation(available)[:num_examples].tolist())
 
 

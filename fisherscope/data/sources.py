@@ -178,11 +178,17 @@ class _Table:
 
     def require(self, column: str, flag: str) -> None:
         if column not in self.columns:
-            raise ValueError(f"{self.name} has no column {column!r}; it has {self.listing}; choose with {flag}.")
+            raise ValueError(f"{self.name} has no column {column!r}; it has {self.listing}; {self.remedy(flag)}.")
 
     @property
     def listing(self) -> str:
         return ", ".join(map(repr, self.columns))
+
+    def remedy(self, flag: str) -> str:
+        """What to do about a column that is missing."""
+        if len(self.columns) == 1 and ";" in self.listing:
+            return "it looks separated by ';', write it with commas"
+        return f"choose with {flag}"
 
     def cell(self, column: str, row: int) -> str:
         return f"row {row}, column {column!r} of {self.name}"
@@ -195,7 +201,7 @@ def _text_columns(table: _Table, chosen: Sequence[str] | None) -> tuple[str, ...
                 return candidate
         raise ValueError(
             f"{table.name} has no column sentence1 with sentence2, sentence or text; it has {table.listing}; "
-            "choose with --text-columns."
+            f"{table.remedy('--text-columns')}."
         )
     columns = (chosen,) if isinstance(chosen, str) else tuple(chosen)
     if len(columns) not in (1, 2):
@@ -216,8 +222,9 @@ def _texts(table: _Table, columns: tuple[str, ...], *, skip_blank: bool) -> list
                 raise ValueError(f"Every example needs a text, but {table.cell(column, number)} has none.")
         if not any(map(_is_missing, row)):
             kept.append(row)
-    if len(kept) < len(rows):
-        logger.info("%s: %d rows with a blank text are skipped.", table.name, len(rows) - len(kept))
+    if blank := kept and len(rows) - len(kept):
+        what = "row with a blank text is" if blank == 1 else "rows with a blank text are"
+        logger.info("%s: %d %s skipped.", table.name, blank, what)
     return kept
 
 
@@ -231,7 +238,7 @@ def _label_column(table: _Table, chosen: str | None, objective: str) -> str:
             return column
     raise ValueError(
         f"{objective} needs labels, but {table.name} has no column {' or '.join(defaults)}; it has {table.listing}; "
-        "choose with --label-column."
+        f"{table.remedy('--label-column')}."
     )
 
 
@@ -408,14 +415,23 @@ def _read_json(path: Path) -> _Table:
         if text.lstrip().startswith("["):
             records = json.loads(text)
         else:
-            records = [json.loads(line) for line in text.split("\n") if line.strip()]
+            records = [_parsed(line, number) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path.name} must hold a list of objects, or one object per line: {error}.") from None
+        where = f"{error.msg}: line {error.lineno} column {error.colno}"
+        raise ValueError(f"{path.name} must hold a list of objects, or one object per line: {where}.") from None
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
             raise ValueError(f"{path.name} must hold one object per example, but row {number} is {record!r:.40}.")
     names = dict.fromkeys(name for record in records for name in record)
     return _Table(path.name, {name: [record.get(name) for record in records] for name in names})
+
+
+def _parsed(line: str, number: int) -> Any:
+    """The value of one line of a file; errors tell its number in the file."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise json.JSONDecodeError(error.msg, "\n" * (number - 1) + line, number - 1 + error.pos) from None
 
 
 def _read_parquet(path: Path) -> _Table:
