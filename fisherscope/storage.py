@@ -187,7 +187,7 @@ def _open_any_hdf5(path: Path) -> Iterator["h5py.File"]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     if not h5py.is_hdf5(path):
-        raise WrongFile(f"{path} is no HDF5 file, as scores and landscapes are, or was cut short; make it again.")
+        raise WrongFile(f"{path} is no HDF5 file, as scores and landscapes are, {_what_is(path)}.")
     try:
         # what a running process has flushed so far may be read, too
         with h5py.File(path, "r", locking=False if path.suffix == ".part" else None) as file:
@@ -196,6 +196,16 @@ def _open_any_hdf5(path: Path) -> Iterator["h5py.File"]:
         raise _in_use(path) from error
     except OSError as error:
         raise WrongFile(f"{path} is damaged and cannot be read; make it again.") from error
+
+
+def _what_is(path: Path) -> str:
+    """What a file without HDF5 is by its name, and what to do, as half a sentence."""
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        return "but by its name a mask or weights; give the scores or the landscape that was meant"
+    if suffix in (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet", ".yaml", ".yml"):
+        return f"but by its name {suffix[1:].upper()}; give the scores or the landscape that was meant"
+    return "or was cut short; make it again"
 
 
 def check_header(path: Path, format_name: str, found: object, version: object) -> None:

@@ -156,7 +156,10 @@ def test_format_of_an_unknown_file(tmp_path: Path):
     path = tmp_path / "notes.txt"
     refused(FileNotFoundError, f"There is no file {path}.", storage.file_format, path)
     path.write_text("hello")
-    sentence = f"{path} is no HDF5 file, as scores and landscapes are, or was cut short; make it again."
+    sentence = (
+        f"{path} is no HDF5 file, as scores and landscapes are, but by its name TXT; give the scores or the landscape "
+        "that was meant."
+    )
     refused(storage.WrongFile, sentence, storage.file_format, path)
     with h5py.File(path, "w") as file:
         file["x"] = 1

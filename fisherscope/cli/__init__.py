@@ -4,6 +4,7 @@ Nothing here imports torch before a command runs, so that ``fisherscope --help``
 """
 
 import argparse
+import difflib
 import importlib
 import itertools
 import sys
@@ -92,8 +93,16 @@ def _parse(argv: list[str]) -> argparse.Namespace:
             argv = [name, *positional, *_config_flags(command, argv), *argv[1 + len(positional) :]]
     args, unknown = parser.parse_known_args(argv)
     if unknown:
-        commands.choices[argv[0]].error(f"unrecognized arguments: {' '.join(unknown)}")
+        command = commands.choices[argv[0]]
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(command, unknown)}")
     return args
+
+
+def _meant(command: argparse.ArgumentParser, unknown: Sequence[str]) -> str:
+    """The flag of a command that is most like the first unknown one, as a question; nothing where none is like it."""
+    first = unknown[0].partition("=")[0].replace("_", "-")
+    near = difflib.get_close_matches(first, [flag for a in command._actions for flag in a.option_strings], n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _config_flags(command: argparse.ArgumentParser, argv: Sequence[str]) -> list[str]:

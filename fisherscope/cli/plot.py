@@ -177,7 +177,8 @@ def _draw_runs(args: argparse.Namespace) -> None:
 
 def _two(nouns: Sequence[Any]) -> Sequence[Any]:
     if len(nouns) != 2:
-        raise ValueError(f"A comparison takes two files, got {len(nouns)}.")
+        alone = "; fisherscope info shows what one holds, layer by layer" if len(nouns) == 1 else ""
+        raise ValueError(f"A comparison takes two files, got {len(nouns)}{alone}.")
     return nouns
 
 

@@ -223,6 +223,11 @@ class Results:
         if path.is_dir():
             complete = path / "results.json"
             path = complete if complete.exists() else storage.part_path(complete)
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"A folder must hold results of fine-tuning, but {complete.parent} holds none; give the folder of "
+                    "a run, or a file of scores, a mask or a landscape."
+                )
         if not path.is_file():
             raise FileNotFoundError(f"There is no file {path}.")
         try:
