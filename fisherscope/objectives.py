@@ -102,6 +102,19 @@ class Predictions:
         return torch.where(self.labels == IGNORED, IGNORED, labels.clamp(max=bounds.shape[-1] - 1))
 
 
+def check_batch(batch: object) -> None:
+    """Refuse what is no batch.
+
+    Raises:
+        TypeError: If it is no mapping.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            "A batch must be a mapping from the names of the model's arguments to tensors, as {'input_ids': ..., "
+            f"'labels': ...}}, but the data gives a {type(batch).__name__}; let the loader make a dict of it."
+        )
+
+
 def example_losses(model: nn.Module, batch: Batch, objective: str | LossFunction) -> ExampleLosses:
     """The loss of every example of a batch; what :func:`predict` says, for the labels of the data."""
     return predict(model, batch, objective).losses()

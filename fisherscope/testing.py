@@ -109,7 +109,8 @@ class EngineReport:
 
     def __str__(self) -> str:
         """A table of what was compared, and the verdict."""
-        kind = f"{self.objective}, {self.num_examples} examples, {self.precision}, tolerance {self.tolerance:g}"
+        examples = "1 example" if self.num_examples == 1 else f"{self.num_examples} examples"
+        kind = f"{self.objective}, {examples}, {self.precision}, tolerance {self.tolerance:g}"
         return "\n".join([f"{self.model}: {kind}", *aligned(list(_rows(self))), *_notes(self), *_verdict(self)])
 
 
@@ -432,7 +433,8 @@ def _notes(report: EngineReport) -> Iterator[str]:
 def _verdict(report: EngineReport) -> Iterator[str]:
     if report.ok:
         harmless = ("batching",) * bool(report.num_batched) + ("padding",) * bool(report.num_padded)
-        rest = f"; {' and '.join(harmless)} change nothing" if harmless else ""
+        change = "changes" if len(harmless) == 1 else "change"
+        rest = f"; {' and '.join(harmless)} {change} nothing" if harmless else ""
         yield f"Verdict: the fast engine is exact on this model and data{rest}."
         return
     yield "Verdict: not to be trusted as it is."

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fisherscope import storage
 from fisherscope.cli import main
+from fisherscope.data import read_source
 from fisherscope.fisher import estimate_fisher
 from fisherscope.landscape import scan_landscape
 from fisherscope.masks import Mask
@@ -375,3 +376,76 @@ def test_losses_of_a_batch_are_checked_as_well(bert: Case):
     """The function below all commands."""
     with pytest.raises(ValueError, match="labels of the vocabulary"):
         example_losses(bert.model, changed(bert, "labels", with_entry(99))[1], "mlm")
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_batches_without_names(kind: type) -> None:
+    made = case("bert")
+    batches: Batches = [kind(batch.values()) for batch in batched(made.examples, 4)]  # pyright: ignore
+    for run in (fisher, scan, check_engine):
+        with pytest.raises(TypeError, match=f"must be a mapping from the names .* gives a {kind.__name__};"):
+            run(made.model, batches)
+
+
+@pytest.mark.parametrize("name", ["data.csv", "half.safetensors"])
+def test_files_of_another_kind_are_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / name).write_text("text\na\n")
+    command = ["info"] if name == "data.csv" else ["mask", "--fraction", "0.5", "--out", str(tmp_path / "out")]
+    assert main([command[0], str(tmp_path / name), *command[1:]]) == 1
+    found = {"data.csv": "CSV", "half.safetensors": "a mask or weights"}[name]
+    message = f"but by its name {found}; give the scores or the landscape that was meant"
+    assert message in capsys.readouterr().err
+
+
+def test_folder_without_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["info", str(tmp_path)]) == 1
+    message = "must hold results of fine-tuning, but "
+    error = capsys.readouterr().err
+    assert message in error and "give the folder of a run, or a file of scores, a mask or a landscape" in error
+
+
+def test_empty_text_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("")
+    caplog.set_level("INFO", logger="fisherscope")
+    with pytest.raises(ValueError, match=r"at least one example, but column 'text' of a.txt is empty"):
+        read_source(path, objective="mlm")
+    assert not caplog.messages
+    csv = tmp_path / "a.csv"
+    csv.write_text('text\na\n" "\n')
+    read_source(csv, objective="mlm")
+    assert caplog.messages == ["a.csv: 1 row with a blank text is skipped."]
+
+
+def test_one_mask_is_no_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "mask.safetensors"
+    Mask({"weight": torch.ones(2, dtype=torch.bool)}).save(path)
+    assert main(["plot", str(path), "--out", str(tmp_path / "a.pdf")]) == 1
+    message = "A comparison takes two files, got 1; fisherscope info shows what one holds, layer by layer."
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "meant"),
+    [
+        ("finetune", "--learning_rate", "; did you mean --learning-rate?"),
+        ("fisher", "--num_examples=4", "; did you mean --num-examples?"),
+        ("plot", "--nothing-like-it-at-all", " (see"),
+    ],
+)
+def test_flags_that_are_almost_right(
+    command: str, given: str, meant: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    needed = {"finetune": ["--task", "cola", "--model", "m"], "fisher": ["--model", "m", "--data", "d"], "plot": ["f"]}
+    with pytest.raises(SystemExit):
+        main([command, *needed[command], "--out", str(tmp_path / "out"), given])
+    assert f"unrecognized arguments: {given}{meant}" in capsys.readouterr().err
+
+
+def test_one_example_is_no_plural() -> None:
+    made = case("bert")
+    report = str(check_engine(made.model, batched(made.examples, 1), num_examples=1))
+    assert ", 1 example, " in report
+    report = str(check_engine(made.model, batched(made.examples[:1] * 2, 2), num_examples=2))
+    assert report.endswith("; batching changes nothing.")

@@ -14,7 +14,7 @@ from .. import distributed, storage
 from .._progress import progress_bar
 from ..data import BatchDigest, Batches, describe_batches
 from ..models import check_head, describe, device_of, infer_objective, measuring
-from ..objectives import Batch, LossFunction, num_scored
+from ..objectives import Batch, LossFunction, check_batch, num_scored
 from ..scores import Estimator, FisherScores, Reduction, Unit
 from .engines import Engine, batch_mean_engine, loop_engine
 from .estimand import PUBLISHED, Estimand
@@ -250,6 +250,7 @@ def _rounds(
     for number, batch in enumerate(batches, 1):
         if number > done and not waiting and _has_settled(state, facts):
             break
+        check_batch(batch)
         digest.update(batch)
         if number == done and str(digest) != state.digest:
             raise _other_data(checkpoint)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..data.corruption import IGNORED
 from ..masks import random_fraction
 from ..models import device_of, infer_objective, measuring, state_of
-from ..objectives import Batch, LossFunction
+from ..objectives import Batch, LossFunction, check_batch
 from .directions import Direction, inner, random_directions, restrict
 from .evaluate import Evaluator
 from .scan import scan_landscape
@@ -105,7 +105,8 @@ class LandscapeReport:
 
     def __str__(self) -> str:
         """A table of what was compared, and the verdict."""
-        kind = f"{self.objective}, {self.num_examples} examples, {self.precision}, tolerance {self.tolerance:g}"
+        examples = "1 example" if self.num_examples == 1 else f"{self.num_examples} examples"
+        kind = f"{self.objective}, {examples}, {self.precision}, tolerance {self.tolerance:g}"
         return "\n".join([f"Landscapes of {self.model}: {kind}", *aligned(list(_rows(self))), *_verdict(self)])
 
 
@@ -187,6 +188,7 @@ def first_examples(batches: Iterable[Batch], num_examples: int) -> Iterator[dict
     """Batches of the first examples, the last one cut short."""
     left = num_examples
     for batch in batches:
+        check_batch(batch)
         part = {name: value[:left] for name, value in batch.items()}
         yield part
         left -= size_of(part)

@@ -21,7 +21,7 @@ from ..data.sources import LABELLED_OBJECTIVES
 from ..masks import Mask
 from ..metrics import CLASSIFICATION, REGRESSION
 from ..models import check_head, describe, infer_objective, measuring
-from ..objectives import Batch, LossFunction, is_language_model, num_scored, reference_losses
+from ..objectives import Batch, LossFunction, check_batch, is_language_model, num_scored, reference_losses
 from ..scores import FisherScores
 from .adaptive import Index, check_tolerance, measure_adaptively
 from .directions import Direction, Match, Normalize, OneDimensional, Subspace, geometry_of, norm
@@ -133,6 +133,8 @@ def scan_landscape(
     fixed = list(batches)
     if not fixed:
         raise ValueError("A landscape needs at least one batch, but there is none; check the data.")
+    for batch in fixed:
+        check_batch(batch)
     references = reference_losses(model, fixed, objective)
     counts = np.concatenate([num_scored(batch, objective).cpu().numpy() for batch in fixed])
     kept = counts if axes == 1 else None
