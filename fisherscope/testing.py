@@ -17,7 +17,7 @@ from . import fisher
 from ._typing import Bool
 from .data.corruption import IGNORED
 from .finetune.contract import check_regularizer as check_regularizer
-from .landscape.contract import aligned, first_examples, size_of
+from .landscape.contract import REDRAWN, aligned, first_examples, num_redrawn, size_of
 from .landscape.contract import check_landscape as check_landscape
 from .models import infer_objective, measuring, state_of
 from .objectives import Batch, ExampleLosses, LossFunction, example_losses
@@ -71,6 +71,8 @@ class EngineReport:
         by_loop: Parameters that the fast engine does one example at a time: exact, but slow.
         zero: Parameters that no example has a gradient for.
         changed: Parameters, buffers and flags that are not what they were before.
+        redrawn: Batches that are others when the data is gone through once more: no fault of the engine, but scores
+            differ from run to run.
     """
 
     model: str
@@ -90,6 +92,7 @@ class EngineReport:
     by_loop: tuple[str, ...] = ()
     zero: tuple[str, ...] = ()
     changed: tuple[str, ...] = ()
+    redrawn: int = 0
 
     @property
     def ok(self) -> bool:
@@ -142,6 +145,7 @@ def check_engine(
         raise ValueError(f"num_examples must be at least 1, got {num_examples}.")
     objective = objective or infer_objective(model)
     taken = list(first_examples(batches, num_examples))
+    redrawn = num_redrawn(taken, batches, num_examples)
     logger.info("The fast engine runs twice, then every example has a backward pass of its own.")
     before = state_of(model)
     fast = fisher.estimate_fisher(model, taken, objective=objective, halves=False, progress=False)
@@ -175,6 +179,7 @@ def check_engine(
         by_loop=tuple(name for name, rule in rules.items() if rule == "loop"),
         zero=tuple(name for name, score in loop.items() if not score.any()),
         changed=tuple(name for name in before | after if before.get(name) != after.get(name)),
+        redrawn=redrawn,
     )
 
 
@@ -424,6 +429,8 @@ def _notes(report: EngineReport) -> Iterator[str]:
         yield "Padding was not examined: the batches have no attention_mask."
     elif not report.num_padded:
         yield "Padding was not examined: none of the examples is padded."
+    if report.redrawn:
+        yield REDRAWN.format(effect="scores differ from run to run, and none can be resumed")
     if report.by_loop:
         yield f"Exact, but one example at a time: {_listed(report.by_loop)}."
     if report.zero:

@@ -17,7 +17,7 @@ from fisherscope.fisher import run
 from fisherscope.landscape import contract, scan
 from fisherscope.landscape.contract import LandscapeReport
 from fisherscope.landscape.evaluate import Evaluator
-from fisherscope.testing import check_landscape
+from fisherscope.testing import check_engine, check_landscape
 
 
 @pytest.fixture(scope="module")
@@ -269,3 +269,28 @@ def test_resuming_that_forgets_is_found(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(scan, "scan", forgetful)
     report = landscape_of(case("bert-classifier", lengths=(4, 3)))
     assert report.resumed > 0 and any(failure.startswith("A resumed scan differs by ") for failure in report.failures)
+
+
+def test_loader_that_draws_anew_is_caught(bert: Case):
+    class Loader:
+        """As a DataLoader with a collator that masks tokens."""
+
+        def __init__(self) -> None:
+            self.passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            for batch in batched(bert.examples, 4):
+                yield {**batch, "labels": torch.where(batch["labels"] < 0, batch["labels"], self.passes)}
+
+    report = check_landscape(bert.model, Loader())
+    assert report.redrawn == 2 and not report.repeat
+    assert not report.ok
+    assert re.search(r"two passes over the data +differ +WRONG", str(report))
+    assert "1. A second pass over the data gives other batches" in str(report)
+    assert "batches = list(loader), or make them with load_batches." in str(report)
+    assert check_landscape(bert.model, list(Loader())).ok
+    engine = check_engine(bert.model, Loader())
+    assert engine.ok and engine.redrawn == 2
+    assert "A second pass over the data gives other batches" in str(engine)
+    assert "second pass" not in str(check_engine(bert.model, iter(Loader())))

@@ -64,7 +64,8 @@ def estimate_fisher(
     Args:
         model: Any ``nn.Module``; the parameters that require a gradient are scored.
         batches: A re-iterable of dicts as a Hugging Face collator makes them (``input_ids``, ``attention_mask``,
-            ``labels``: -100 ignored, causal labels unshifted), the example axis first.
+            ``labels``: -100 ignored, causal labels unshifted), the example axis first. Of a loader that draws anew in
+            every pass, give ``list(loader)``.
         objective: ``"mlm"``, ``"causal-lm"``, ``"seq2seq-lm"``, ``"classification"``, ``"regression"``, or a function
             ``(model, batch) -> losses of shape [B]``; None infers it from the model's head.
         estimator: ``"empirical"``: the labels are those of the data. ``"sampled"``: they are drawn from the model;

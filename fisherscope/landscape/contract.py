@@ -35,6 +35,11 @@ SPAN = 0.2
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4}
 TOLERANCE_OF_HALF_PRECISION = 5e-2
 
+REDRAWN = (
+    "A second pass over the data gives other batches: the loader draws masked tokens anew, or shuffles; {effect}. Draw "
+    "them once, as in batches = list(loader), or make them with load_batches."
+)
+
 ROUNDINGS = 4
 """So many roundings of the largest weight may lie between where a weight is and where it should be."""
 
@@ -71,6 +76,7 @@ class LandscapeReport:
         exactness: What ``displaced`` may be: some rounding errors.
         unaccounted: Entries whose directions with a mask and with its complement do not add up to the whole one.
         changed: Parameters, buffers and flags that are not what they were before.
+        redrawn: Batches that are others when the data is gone through once more.
     """
 
     model: str
@@ -87,6 +93,7 @@ class LandscapeReport:
     exactness: float
     unaccounted: int
     changed: tuple[str, ...] = ()
+    redrawn: int = 0
 
     @property
     def ok(self) -> bool:
@@ -126,6 +133,7 @@ def check_landscape(
     4. At a grid point every weight is where the formula puts it: tied ones are moved once, unselected ones rest.
     5. The directions with a mask and with its complement add up to the whole one.
     6. The model is bit-identical afterwards.
+    7. The batches are the same when they are gone through once more.
 
     That takes some fifty evaluations of the loss, and about six times the memory of the weights.
 
@@ -144,6 +152,7 @@ def check_landscape(
         raise ValueError(f"num_examples must be at least 1, got {num_examples}.")
     objective = objective or infer_objective(model)
     taken = list(first_examples(batches, num_examples))
+    redrawn = num_redrawn(taken, batches, num_examples)
     logger.info("The landscape is scanned four times, on %d x %d points.", *POINTS)
     before = state_of(model)
 
@@ -181,6 +190,7 @@ def check_landscape(
         exactness=ROUNDINGS * torch.finfo(dtype).eps,
         unaccounted=unaccounted,
         changed=tuple(name for name in before | after if before.get(name) != after.get(name)),
+        redrawn=redrawn,
     )
 
 
@@ -194,6 +204,18 @@ def first_examples(batches: Iterable[Batch], num_examples: int) -> Iterator[dict
         left -= size_of(part)
         if not left:
             return
+
+
+def num_redrawn(taken: Sequence[Batch], batches: Iterable[Batch], num_examples: int) -> int:
+    """How many of the batches taken are others when the data is gone through once more; an iterator ends with them."""
+    if isinstance(batches, Iterator):
+        return 0
+    pairs = itertools.zip_longest(taken, first_examples(batches, num_examples), fillvalue={})
+    return sum(not _are_equal(*pair) for pair in pairs)
+
+
+def _are_equal(a: Batch, b: Batch) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -301,6 +323,8 @@ def _displaced(
 
 
 def _failures(report: LandscapeReport) -> Iterator[str]:
+    if report.redrawn:
+        yield REDRAWN.format(effect="each scan has a loss of its own, and none can be resumed")
     if report.changed:
         more = f" and {len(report.changed) - 10} more" if len(report.changed) > 10 else ""
         yield (
@@ -357,6 +381,7 @@ def _rows(report: LandscapeReport) -> Iterator[tuple[str, str, str, str]]:
     yield row("weights at grid points", report.displaced.value, report.exactness, report.displaced.parameter or "")
     missing = report.unaccounted
     yield "mask and its complement", "do not add up" if missing else "add up", "WRONG" if missing else "ok", ""
+    yield "two passes over the data", "differ" if report.redrawn else "equal", "WRONG" if report.redrawn else "ok", ""
     changed = len(report.changed)
     yield "model afterwards", "changed" if changed else "unchanged", "WRONG" if changed else "ok", ""
 
