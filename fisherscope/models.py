@@ -533,6 +533,21 @@ def backbone(tensors: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 def find_difference(tensors: Mapping[str, Tensor], prefix: str, model: nn.Module) -> str | None:
     """The first way in which tensors do not fit a model's backbone, as half a sentence, or None if they fit."""
+    found = _first_difference(tensors, prefix, model)
+    if found and (is_wrapped(model) or any(".base_layer." in name for name, _ in model.named_parameters())):
+        return (
+            "it takes a model without adapters, but peft has renamed the parameters of this one; use it before the "
+            "model is wrapped, or after merge_and_unload()"
+        )
+    return found
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether it is a model of peft around another."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def _first_difference(tensors: Mapping[str, Tensor], prefix: str, model: nn.Module) -> str | None:
     ours = backbone(tensors, prefix)
     theirs = backbone(dict(model.named_parameters()), backbone_prefix(model))
     for name, parameter in theirs.items():

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, entry
-from conftest import batched
+from conftest import batched, case
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
@@ -21,11 +21,14 @@ from fisherscope import models
 from fisherscope.finetune import METHODS, Composed, adapters, finetune, plan, trainer, training
 from fisherscope.finetune.methods.bitfit import BitFit
 from fisherscope.finetune.methods.fixed_mask import new_names
+from fisherscope.finetune.methods.guided_dropout import guided_rates
 from fisherscope.finetune.methods.linear_probe import LinearProbe
 from fisherscope.finetune.methods.lora import LoRA
 from fisherscope.finetune.methods.prefix_tuning import PrefixTuning
 from fisherscope.finetune.methods.prompt_tuning import PromptTuning
 from fisherscope.finetune.methods.r_drop import RDrop
+from fisherscope.fisher import estimate_fisher
+from fisherscope.masks import MaskMismatch, top_fraction
 from fisherscope.models import load_model
 from fisherscope.objectives import predict
 from fisherscope.testing import check_regularizer
@@ -617,3 +620,18 @@ def test_a_random_backbone_that_got_its_values_from_a_stage_is_not_new():
         new_names(made)
     models.take_backbone(made, load_model("builtin:bert", objective="classification", num_labels=3)[0])
     assert new_names(made) == {"classifier.weight", "classifier.bias"}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks models for what transformers renamed
+def test_masks_and_guided_dropout_say_what_they_need_of_a_wrapped_model():
+    made = case("bert")
+    scores = estimate_fisher(made.model, batched(made.examples, 4), progress=False)
+    mask = top_fraction(scores, 0.5)
+    wrapped = peft.get_peft_model(made.model, peft.LoraConfig(target_modules=["query"], r=2))
+    for model in (wrapped, wrapped.get_base_model()):
+        with pytest.raises(MaskMismatch, match=r"peft has renamed .*; use it before the model is wrapped"):
+            mask.for_model(model)
+    with pytest.raises(ValueError, match=r"takes the model itself, but this is a PeftModel .* get_base_model"):
+        guided_rates(scores, wrapped)
+    assert len(guided_rates(scores, wrapped.get_base_model())) == 7
+    assert mask.for_model(wrapped.merge_and_unload()).keys() >= {"bert.encoder.layer.0.attention.self.query.weight"}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from ...models import DropoutSite, backbone, backbone_prefix, dropout_sites
+from ...models import DropoutSite, backbone, backbone_prefix, dropout_sites, is_wrapped
 from ...scores import FisherScores
 from ..parts import rates_set
 from ..regularizer import Applied, Regularizer
@@ -106,6 +106,11 @@ def guided_rates(
     """
     _check(highest, lowest, by)
     sites = dropout_sites(model)
+    if not sites and is_wrapped(model):
+        raise ValueError(
+            f"Guided dropout takes the model itself, but this is a {type(model).__name__} around it; give the model "
+            "before it is wrapped, or get_base_model(), where scores of parameters with adapters are left out."
+        )
     if not sites:
         raise ValueError(f"Guided dropout needs a model with dropout, but a {type(model).__name__} has none to guide.")
     means = _site_scores(scores, model, sites)
