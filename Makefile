@@ -8,7 +8,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # Shapes are checked where arrays cross function borders; not around every operation that the engine follows.
 CHECKED := fisherscope.comparison,fisherscope.data,fisherscope.fisher.contributions,fisherscope.fisher.kernels,fisherscope.landscape,fisherscope.masks,fisherscope.objectives,fisherscope.plots,fisherscope.scores,fisherscope.stability
 
-.PHONY: demo test test-all browser-check lint bench gpu-check clean
+.PHONY: demo test test-all browser-check lint bench gpu-check fake-gpu-check clean
 
 demo: $(VENV)/.core
 	$(BIN)/fisherscope demo --out figures/demo --overwrite
@@ -38,6 +38,11 @@ gpu-check:
 	PYTHONPATH=. python3 benchmarks/kernels.py --device cuda --out benchmarks/results
 	PYTHONPATH=. python3 benchmarks/fisher.py --device cuda --precision bf16 --rounds 3 --cases BERT GPT-2 --out benchmarks/results
 	PYTHONPATH=. python3 benchmarks/fisher.py --device cuda --precision tf32 --rounds 3 --cases BERT GPT-2 --out benchmarks/results
+
+# The tests of gpu-check on a CUDA device in CPU memory: finds tensors left on another device, says nothing of speed.
+# Needs g++ and a build of torch without CUDA, of the version in constraints.txt.
+fake-gpu-check: $(VENV)/.dev
+	PYTHONPATH=tests TRITON_INTERPRET=1 $(BIN)/pytest -p fake_cuda -p no:cacheprovider -m gpu tests/test_gpu.py tests/test_kernels.py
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -13,6 +13,17 @@ pytestmark = pytest.mark.gpu
 ROUNDED = {"t5": 1e-5, "llama": 1e-5}  # their norms compute in float32, which no two devices round alike
 
 
+def test_devices_do_not_mix() -> None:
+    """The premise of all other tests, which the fake device (fake_cuda) must share."""
+    there, here = torch.ones(2, device="cuda"), torch.ones(2)
+    for mixed in (lambda: there + here, lambda: torch.cat([here, there])):
+        with pytest.raises(RuntimeError, match="same device"):
+            mixed()
+    with pytest.raises(RuntimeError, match="'cuda' device type for generator"):
+        torch.rand(2, device="cuda", generator=torch.Generator())
+    assert (there + torch.tensor(1.0)).is_cuda and there[torch.tensor([1])].is_cuda
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "llama", "bert-classifier"])
 def test_scores_on_cuda_equal_those_on_the_cpu(name: str) -> None:
     made = case(name)
