@@ -518,7 +518,12 @@ def test_killed_command_resumes_to_the_same_file(
     ("command", "settings", "interrupted_at"),
     [
         ("fisher", [], "fisherscope.scores.FisherScores.save"),
-        ("landscape", ["--axes", "1", "--points", "3", "--measures"], "fisherscope.landscape.measures.measure_model"),
+        pytest.param(
+            "landscape",
+            ["--axes", "1", "--points", "3", "--measures"],
+            "fisherscope.landscape.measures.measure_model",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_replacement_that_was_interrupted_is_gone_on_with(

@@ -11,7 +11,7 @@ from fisherscope.finetune import METHODS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SLOW = {"finetuning.md", "landscapes.md"}
+SLOW = {"finetuning.md", "landscapes.md", "questions.md"}
 BLOCK = re.compile(r"^```(bash|python|yaml)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ROW = re.compile(r"^\| `([a-z][\w-]*)` \|.*\|.*\| (.*) \|$", re.MULTILINE)
 

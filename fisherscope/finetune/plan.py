@@ -154,17 +154,14 @@ class Plan:
         """Of every method, defaults included; of a regularizer of one's own, its plain fields."""
         if isinstance(self.method, str):
             known = {name: METHODS[name].settings() for name in self.method.split("+")}
-            idle = {name: replaced(METHODS[name], self._given) for name in known}
+            given = given_names(self.scores, self.mask)
+            idle = {name: replaced(METHODS[name], given) for name in known}
             return {
                 method: {n: _shown(self.settings.get(n, p.default)) for n, p in own.items() if n not in idle[method]}
                 for method, own in known.items()
             }
         own = fields(self.method) if is_dataclass(self.method) else ()
         return {f.name: v for f in own if isinstance(v := getattr(self.method, f.name), (int, float, str, bool))}
-
-    @property
-    def _given(self) -> list[str]:
-        return [name for name, value in (("scores", self.scores), ("mask", self.mask)) if value is not None]
 
     def regularizer(self, run: Run) -> Regularizer:
         """The regularizer for one of the trainings.
@@ -178,8 +175,8 @@ class Plan:
         for name in sorted(self.method.split("+"), key=lambda name: (METHODS[name].order, name)):
             known = METHODS[name].settings()
             parts.append(METHODS[name].for_run(run, **{k: v for k, v in self.settings.items() if k in known}))
-        if useless := next((given for given in self._given if given not in run.supplied), None):
-            raise ValueError(f"{self.method} has no use for {useless} here; leave {useless} out.")
+        if useless := [given for given in given_names(self.scores, self.mask) if given not in run.supplied]:
+            raise ValueError(f"{self.method} has no use for {useless[0]} here; leave {useless[0]} out.")
         return parts[0] if len(parts) == 1 else Composed(tuple(parts))
 
 
@@ -238,6 +235,11 @@ def data_of(
         train = with_class_order(train, classes)
         validation = validation and with_class_order(validation, classes)
     return {"objective": objective, "name": name, "metric": metric, "train": train, "validation": validation}
+
+
+def given_names(scores: FisherScores | None, mask: Mask | None) -> list[str]:
+    """Which of the two the user gives beside a method."""
+    return [name for name, value in (("scores", scores), ("mask", mask)) if value is not None]
 
 
 def replaced(method: type[Regularizer], given: Collection[str]) -> set[str]:

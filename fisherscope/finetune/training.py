@@ -34,7 +34,7 @@ from .evaluation import Evaluation, Rows, evaluated, measured
 from .folder import SPLITS, OtherSettings, add, begin, finish, leave, work_folder
 from .forgetting import pretraining_loss
 from .multitask import SharedBackbone, checked_tasks, together, with_tasks
-from .plan import Plan, check_method, data_of, recipe_of
+from .plan import Plan, check_method, data_of, given_names, recipe_of
 from .protocol import ALL, DEFAULT, PROTOCOLS, Positions, Roles, Size, baselines, checked_size, protocol_of, save_roles
 from .recipe import Recipe
 from .regularizer import Regularizer
@@ -151,7 +151,7 @@ def finetune(
         TypeError: If there is no such keyword.
     """
     _check_keywords(recipe)
-    given = [name for name, value in (("scores", scores), ("mask", mask)) if value is not None]
+    given = given_names(scores, mask)
     check_method(method, settings or {}, given)
     _check_seeds(seeds)
     _check_device(device)

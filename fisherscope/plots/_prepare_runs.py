@@ -327,7 +327,7 @@ def sizes(runs: "Sequence[Arm]", reference: str, metric: str | None, which: "Whi
     return Sizes(names, tuple(panels), ticks, x_label, tuple(notes))
 
 
-def _places_of_sizes(groups: "Sequence[Group]") -> dict[float | None, float]:
+def _places_of_sizes(groups: "Sequence[Group]") -> dict[int | float | None, float]:
     """Where every training size stands on the axis; all examples (None) are at 1 among shares, and nowhere else."""
     found = {group.train_size for group in groups if group.train_size is not None}
     are_shares = {size < 1 for size in found}
@@ -336,7 +336,7 @@ def _places_of_sizes(groups: "Sequence[Group]") -> dict[float | None, float]:
             "A figure of sizes needs training sizes of one kind, got numbers of examples and shares of all "
             f"({', '.join(f'{size:g}' for size in sorted(found))}); draw them in separate figures."
         )
-    places: dict[float | None, float] = {size: float(size) for size in found}
+    places: dict[int | float | None, float] = {size: float(size) for size in found}
     return {**places, None: 1.0} if are_shares == {True} else places
 
 
@@ -608,7 +608,7 @@ def _box_row(arm: "Arm", metric: str, which: "Which") -> BoxRow:
     return BoxRow(values, seeds, failed, len(failures), len(trained), (low, middle, high), whiskers)
 
 
-def _size_line(name: str, rows: "Sequence[Row]", x_of: Mapping[float | None, float]) -> SizeLine:
+def _size_line(name: str, rows: "Sequence[Row]", x_of: Mapping[int | float | None, float]) -> SizeLine:
     mine = [row for row in rows if row.arm == name and row.summary.mean is not None]
     ordered = sorted(mine, key=lambda row: x_of[row.group.train_size])
     means = np.array([row.summary.mean for row in ordered], dtype=np.float64)
