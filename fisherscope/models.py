@@ -70,11 +70,13 @@ def load_model(
         device: Where the model goes; None means CUDA where there is one, else the CPU.
 
     Raises:
-        ValueError: If the objective is unknown, or is needed because the checkpoint has no head.
+        ValueError: If the objective is unknown, or is needed because the checkpoint has no head; if there is no such
+            device.
         FileNotFoundError: If there is no such built-in, folder or Hub model, or the Hub cannot be reached.
     """
     import transformers
 
+    place = usable_device(device)
     path = _resolve(str(name))
     with _one_sentence(str(name)):
         config = transformers.AutoConfig.from_pretrained(path, revision=revision)
@@ -109,10 +111,7 @@ def load_model(
             new[0],
             seed,
         )
-    if torch.device(device or "cpu").type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"The device {device} was asked for, but torch finds no CUDA here; leave out the device.")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.eval().to(device)
+    model = model.eval().to(place)
     revision = getattr(config, "_commit_hash", None) or revision
     _loaded[model] = {
         "name": shown_name(name),
@@ -672,6 +671,25 @@ def state_of(model: nn.Module) -> dict[str, object]:
 
 def _bits(tensor: Tensor) -> str:
     return digest(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+
+
+def usable_device(asked: str | torch.device | None = None) -> torch.device:
+    """The device asked for; None means CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: If torch knows no such device, or finds none here.
+    """
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise ValueError(f"The device must be cpu, cuda, cuda:1 or another name of torch's; got {asked!r}.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"The device {asked} was asked for, but torch finds no CUDA here; leave out the device.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"The device {asked} was asked for, but torch finds {torch.cuda.device_count()} GPUs here.")
+    return device
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -333,14 +333,6 @@ def _by_digit(
     return counts, sums
 
 
-def by_layer(scores: FisherScores, *, include_new: bool = False) -> dict[str, float]:
-    """Mean score of the entries of every layer (:func:`fisherscope.models.layer_of`), in the model's order.
-
-    Parameters that were drawn at random are left out unless ``include_new``.
-    """
-    return {row.name: row.mean for row in summarize(scores, "layer", include_new=include_new)}
-
-
 def means(
     sums: Sequence[Mapping[str, Tensor]], num_examples: int
 ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:

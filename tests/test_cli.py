@@ -22,7 +22,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 import fisherscope as fs
 from fisherscope import cli
 from fisherscope.cli import COMMANDS, main
-from fisherscope.cli.info import describe_stability
+from fisherscope.cli.info import describe_scores, describe_stability
 from fisherscope.cli.landscape import _names as names_of
 from fisherscope.comparison import compare
 from fisherscope.landscape import measures
@@ -276,6 +276,16 @@ def test_two_files_are_compared(flags: list[str], tmp_path: Path, capsys: pytest
         capsys, "info", *files, masks[0]
     )
     assert "holds neither" not in refused(capsys, "info", files[0], "--out", tmp_path / "table.csv")
+
+
+@pytest.mark.parametrize(
+    ("scores", "new", "said"),
+    [([0.0, 0.0], [], "; every score is 0"), ([1.0, 2.0], ["w"], "; every scored parameter was drawn at random")],
+)
+def test_scores_without_any_to_rank_are_described(scores: list[float], new: list[str], said: str) -> None:
+    facts = {"model": {"new_parameters": new}}
+    made = fs.FisherScores({"w": torch.tensor(scores)}, num_examples=1, provenance=facts)
+    assert describe_scores(made) == repr(made) + said
 
 
 def test_info_tables(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

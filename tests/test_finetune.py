@@ -354,7 +354,7 @@ def test_an_exception_takes_the_regularizer_off(monkeypatch):
         ),
         ({"seeds": [-1]}, "Seeds must be whole numbers from 0 to 4294967295; got -1"),
         ({"seeds": [2**32]}, "Seeds must be whole numbers from 0"),
-        ({"device": "cuda:1"}, "takes the first GPU that it sees, not cuda:1; set CUDA_VISIBLE_DEVICES=1 and leave"),
+        ({"device": "gpu"}, "The device must be cpu, cuda, cuda:1 or another name of torch's; got 'gpu'"),
         ({"train_size": 0}, "train_size must be a number of examples, 1 or more"),
         ({"settings": {"highest": 1}}, "vanilla has no setting 'highest'; it has none"),
         ({"epochs": 0}, "epochs must be a number above 0, and finite; got 0"),
@@ -369,6 +369,14 @@ def test_an_exception_takes_the_regularizer_off(monkeypatch):
 def test_what_cannot_be_is_refused(arguments, match):
     with pytest.raises(ValueError, match=match):
         finetune("builtin:bert", **(QUICK | arguments))
+
+
+def test_a_gpu_that_trainer_would_not_take_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    message = "takes the first GPU that it sees, not cuda:1; set CUDA_VISIBLE_DEVICES=1 and leave out the device"
+    with pytest.raises(ValueError, match=message):
+        finetune("builtin:bert", **QUICK, device="cuda:1")
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from fisherscope.models import (
     row_axis,
     saved_objective,
     transposed_parameters,
+    usable_device,
     weights_fingerprint,
 )
 
@@ -238,3 +239,25 @@ def test_padding_and_length_follow_the_tokenizer_and_the_model(tmp_path: Path):
     model, tokenizer = load_model(tmp_path, objective="classification", num_labels=2, device="cpu")
     assert model.config.pad_token_id == tokenizer.pad_token_id
     assert tokenizer.model_max_length <= model.config.n_positions
+
+
+@pytest.mark.parametrize(("asked", "count", "expected"), [(None, 2, "cuda"), (None, 0, "cpu"), ("cuda:1", 2, "cuda:1")])
+def test_devices_asked_for(asked: str | None, count: int, expected: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    assert usable_device(asked) == torch.device(expected)
+
+
+@pytest.mark.parametrize(
+    ("asked", "count", "message"),
+    [
+        ("gpu", 1, "must be cpu, cuda, cuda:1 or another name of torch's; got 'gpu'"),
+        ("cuda", 0, "The device cuda was asked for, but torch finds no CUDA here; leave out the device"),
+        ("cuda:2", 2, "The device cuda:2 was asked for, but torch finds 2 GPUs here"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused(asked: str, count: int, message: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    with pytest.raises(ValueError, match=message):
+        load_model("builtin:bert", device=asked)

@@ -20,7 +20,7 @@ from torch import Tensor
 from fisherscope import storage
 from fisherscope._machine import forget_peak, peak_memory
 from fisherscope.fisher import estimate_fisher
-from fisherscope.scores import FisherScores, by_layer, summarize
+from fisherscope.scores import FisherScores, summarize
 
 NAMES = ("b.1.weight", "a.0.bias", "a.0.weight", "c")
 
@@ -168,10 +168,9 @@ def test_layers_in_the_order_of_the_model():
     }
     facts = {"model": {"new_parameters": ["classifier.weight"]}}
     scores = FisherScores(tensors, num_examples=1, provenance=facts)
-    known = {"bert.embeddings": 2.0, "bert.encoder.layer.0": 3.0}
-    assert by_layer(scores) == known
-    assert by_layer(scores, include_new=True) == {**known, "classifier": 9.0}
-    assert list(by_layer(scores)) == list(known)
+    known = [("bert.embeddings", 2.0), ("bert.encoder.layer.0", 3.0)]
+    assert [(row.name, row.mean) for row in summarize(scores)] == known
+    assert [(row.name, row.mean) for row in summarize(scores, include_new=True)] == [*known, ("classifier", 9.0)]
 
 
 @pytest.mark.parametrize("by", ["layer", "parameter"])

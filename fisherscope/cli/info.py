@@ -138,9 +138,13 @@ def load_comparable(path: Path) -> "FisherScores | Mask":
 
 def describe_scores(scores: "FisherScores") -> str:
     """Size, examples, how concentrated the scores are, and how many of them are 0."""
-    holding, zeros = 100 * scores.share_holding(0.5), 100 * scores.zero_share
+    zeros = 100 * scores.zero_share
+    if math.isnan(zeros):
+        return f"{scores}; every scored parameter was drawn at random"
+    if zeros == 100:
+        return f"{scores}; every score is 0"
     unscored = f", {zeros:.3g} % have score 0" if zeros > 0 else ""
-    return f"{scores}; {holding:.3g} % of the entries hold half of the summed scores{unscored}"
+    return f"{scores}; {100 * scores.share_holding(0.5):.3g} % of the entries hold half of the summed scores{unscored}"
 
 
 def describe_landscape(landscape: "Landscape") -> str:

@@ -27,7 +27,15 @@ from ..data import Batches, load_batches
 from ..data.sources import LABELLED_OBJECTIVES
 from ..masks import Mask
 from ..metrics import is_constant
-from ..models import describe, load_model, quiet_transformers, saved_classes, shown_name, take_backbone
+from ..models import (
+    describe,
+    load_model,
+    quiet_transformers,
+    saved_classes,
+    shown_name,
+    take_backbone,
+    usable_device,
+)
 from ..scores import FisherScores
 from .callback import RegularizerCallback, last_checkpoint
 from .evaluation import Evaluation, Rows, evaluated, measured
@@ -224,7 +232,7 @@ def _check_seeds(seeds: Sequence[int]) -> None:
 
 def _check_device(device: str | None) -> None:
     """Refuse a GPU that Trainer would not use: it moves the model to the first one."""
-    number = torch.device(device or "cpu").index
+    number = usable_device(device).index
     if number and distributed.world_size() == 1:
         raise ValueError(
             f"Fine-tuning takes the first GPU that it sees, not {device}; set CUDA_VISIBLE_DEVICES={number} and leave "
@@ -264,7 +272,7 @@ def _run_all(
             files = _Files(work_folder(Path(place), seed), folder is not None, progress and distributed.is_first())
             known = results.fingerprints.get("backbone")
             result, fingerprints, predictions = _train(plan, seed, roles, files, known, save_model)
-        facts = storage.provenance(device=device_name(plan.device or ("cuda" if torch.cuda.is_available() else "cpu")))
+        facts = storage.provenance(device=device_name(usable_device(plan.device)))
         results = replace(results, runs=[*results.runs, result], fingerprints=fingerprints, provenance=facts)
         if folder is not None and distributed.is_first():
             add(folder, results, predictions)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .. import models
 from ..data import Batches
 from ..data.sources import check_objective
-from ..models import device_of
+from ..models import device_of, usable_device
 from .activations import measure_activations
 
 logger = logging.getLogger(__name__)
@@ -228,11 +228,9 @@ def _check_sizes(model: nn.Module, batch_size: int, length: int) -> None:
 
 
 def _place(model: nn.Module, device: str | torch.device | None) -> torch.device:
-    place = torch.device(device) if device else device_of(model)
+    place = usable_device(device) if device else device_of(model)
     if place.type == "meta":
-        place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"The device {place} was asked for, but torch finds no CUDA here; leave out the device.")
+        place = usable_device()
     return torch.device("cuda", torch.cuda.current_device()) if place == torch.device("cuda") else place
 
 

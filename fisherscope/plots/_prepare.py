@@ -26,6 +26,9 @@ Noun = TypeVar("Noun")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Of lines: the palette of Okabe and Ito for every kind of colour vision, without its yellow, which fades on white."""
 
+MOST_MARKERS = 400
+"""Points of a curve up to which each is marked."""
+
 FEW = 10
 """Replicates up to which each is drawn as a thin line."""
 
@@ -170,7 +173,6 @@ class Lines:
         y_label: Of the vertical axis.
         is_log: Whether the vertical axis is logarithmic.
         is_share: Whether ``x`` is a share from 0 to 1 and no count.
-        has_markers: Whether there are few enough points to show each.
         notes: What must be said below the figure.
         levels: Names and heights of dotted lines across.
     """
@@ -180,9 +182,13 @@ class Lines:
     y_label: str
     is_log: bool
     is_share: bool
-    has_markers: bool
     notes: tuple[str, ...]
     levels: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def has_markers(self) -> bool:
+        """Whether there are few enough points to show each."""
+        return all(len(line.x) <= MOST_MARKERS for line in self.lines)
 
 
 @dataclass(frozen=True, eq=False)

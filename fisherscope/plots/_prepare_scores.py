@@ -15,9 +15,6 @@ from ._prepare import LOSS_LABELS, Layers, Line, Lines, Parameters, Titles, as_s
 MOST_POINTS = 2000
 """Points of a curve, whatever the number of entries; more than a column of print can resolve."""
 
-MOST_MARKERS = 400
-"""Points of a curve up to which each is marked."""
-
 LOWEST = 1e-12
 """The share of the highest mean below which those of other parameters are rounding noise and are not drawn."""
 
@@ -49,7 +46,6 @@ def sorted_lines(scores: FisherScores | Sequence[FisherScores], by: str, normali
         f"{quantity}, min-max normalised" if normalized else quantity + unit_of(given),
         not normalized,
         is_share,
-        all(len(line.x) <= MOST_MARKERS for line in lines),
         (*notes, *_new_parameters_note(given)),
     )
 
@@ -152,7 +148,6 @@ def stability_lines(scores: FisherScores | Sequence[FisherScores], titles: Title
         "expected overlap with a fresh draw",
         False,
         False,
-        True,
         (*notes, "dotted: the overlap of two random masks of that size"),
         tuple((f"chance, top {100 * fraction:g} %", fraction) for fraction in fractions),
     )
