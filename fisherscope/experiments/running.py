@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -257,62 +257,86 @@ def _claimed(folder: Path, is_shard: bool) -> Iterator[bool]:
 
 
 def _in_processes(runs: Sequence[SweepRun], call: _Call, processes: int) -> Generator[_Outcome, None, None]:
-    """Hand out the trainings to processes.
+    """Hand out the trainings to processes."""
+    pool = _Pool(deque(runs), call, max(1, torch.get_num_threads() // processes))
+    try:
+        for _ in range(processes):
+            pool.start()
+        yield from pool.outcomes()
+    finally:
+        pool.end()
+
+
+@dataclass
+class _Pool:
+    """Processes that are handed trainings, one at a time.
 
     A killed process is replaced, and what it was busy with is tried once more; at the second kill it has failed. A
     process that ends before it asks for its first training is not replaced: others would end likewise.
     """
-    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    threads = max(1, torch.get_num_threads() // processes)
-    waiting, killed = deque(runs), set[Path]()
-    workers: dict[Connection, BaseProcess] = {}
-    busy: dict[Connection, SweepRun | None] = {}  # None until it asks for the first
 
-    def start() -> None:
+    waiting: deque[SweepRun]
+    call: _Call
+    threads: int
+    killed: set[Path] = field(default_factory=set)
+    workers: dict[Connection, BaseProcess] = field(default_factory=dict)
+    busy: dict[Connection, SweepRun | None] = field(default_factory=dict)  # None until it asks for the first
+
+    def start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
         ours, theirs = context.Pipe()
-        workers[ours] = context.Process(target=_work, args=(theirs, call, threads))
-        workers[ours].start()
+        self.workers[ours] = context.Process(target=_work, args=(theirs, self.call, self.threads))
+        self.workers[ours].start()
         theirs.close()
-        busy[ours] = None
+        self.busy[ours] = None
 
-    try:
-        for _ in range(processes):
-            start()
-        while busy:
-            for pipe in wait(list(busy)):
+    def outcomes(self) -> Iterator[_Outcome]:
+        """What becomes of each training, as it is known; then of those that no process was left for."""
+        while self.busy:
+            for pipe in wait(list(self.busy)):
                 assert isinstance(pipe, Connection)
-                run = busy.pop(pipe)
+                run = self.busy.pop(pipe)
                 try:
                     outcome = pipe.recv()
                 except (EOFError, ConnectionResetError):
-                    pipe.close()
-                    workers[pipe].join()  # its lock ends a moment after its pipe
-                    if run is not None and run.folder in killed:
-                        yield _killed_twice(run, call)
-                    elif run is not None:
-                        killed.add(run.folder)
-                        waiting.append(run)
-                    if run is not None and waiting:
-                        start()
+                    yield from self._ended(pipe, run)
                     continue
                 if isinstance(outcome, Exception):
                     raise outcome
                 if outcome is not None:
                     yield outcome
-                if not waiting:
-                    pipe.close()
-                    continue
-                busy[pipe] = waiting.popleft()
-                with contextlib.suppress(BrokenPipeError):  # then its end is noticed above
-                    pipe.send(busy[pipe])
-        for run in waiting:
+                self._hand_out(pipe)
+        for run in self.waiting:
             yield _Outcome(run.folder, "failed", "no process was left to do it; the same command goes on")
-    finally:
-        for pipe, worker in workers.items():
+
+    def _hand_out(self, pipe: Connection) -> None:
+        if not self.waiting:
+            pipe.close()
+            return
+        self.busy[pipe] = self.waiting.popleft()
+        with contextlib.suppress(BrokenPipeError):  # then its end is noticed in its answer
+            pipe.send(self.busy[pipe])
+
+    def _ended(self, pipe: Connection, run: SweepRun | None) -> Iterator[_Outcome]:
+        """Replace a process that was killed."""
+        pipe.close()
+        self.workers[pipe].join()  # its lock ends a moment after its pipe
+        if run is None:
+            return
+        if run.folder in self.killed:
+            yield _killed_twice(run, self.call)
+        else:
+            self.killed.add(run.folder)
+            self.waiting.append(run)
+        if self.waiting:
+            self.start()
+
+    def end(self) -> None:
+        for pipe, worker in self.workers.items():
             pipe.close()  # which ends an idle one
-            if busy:
+            if self.busy:
                 worker.terminate()
-        for worker in workers.values():
+        for worker in self.workers.values():
             worker.join()
 
 

@@ -117,24 +117,13 @@ def scan_landscape(
     check_head(model, objective)
     _check_metrics(metrics, objective, getattr(getattr(model, "config", None), "num_labels", None))
     space = given_space(directions, model, axes)
-    if replicates < 1 or (space and replicates > 1):
-        found = f"got {replicates}" if replicates < 1 else f"got {replicates} of given directions, which are only one"
-        raise ValueError(f"replicates must be at least 1, and only random directions have several; {found}.")
+    _check_replicates(replicates, space)
     steps = grid_steps(axes, points, span)
-    if clip and not is_language_model(objective):
-        found = f"the objective is {_name(objective)}; leave it out"
-        raise ValueError(f"clip is about losses beyond guessing a token, but {found}.")
-    if adaptive is not None:
-        check_tolerance(adaptive)
-        clip = clip or is_language_model(objective)
+    clip = _clips(clip, adaptive, objective)
     moves = Moves(
         model, axes, space, mask, scores, normalize, one_dimensional, match, orthogonal, seed=seed, strict=strict
     )
-    fixed = list(batches)
-    if not fixed:
-        raise ValueError("A landscape needs at least one batch, but there is none; check the data.")
-    for batch in fixed:
-        check_batch(batch)
+    fixed = _checked(batches)
     references = reference_losses(model, fixed, objective)
     counts = np.concatenate([num_scored(batch, objective).cpu().numpy() for batch in fixed])
     kept = counts if axes == 1 else None
@@ -187,6 +176,32 @@ def scan_landscape(
                     markers, connected = _measured(evaluator, space), space.connected
                     landscapes = [replace(landscapes[0], markers=markers, connected=connected)]
     return landscapes[0] if replicates == 1 else mean_of(landscapes, provenance=provenance)
+
+
+def _check_replicates(replicates: int, space: Subspace | None) -> None:
+    if replicates < 1 or (space and replicates > 1):
+        found = f"got {replicates}" if replicates < 1 else f"got {replicates} of given directions, which are only one"
+        raise ValueError(f"replicates must be at least 1, and only random directions have several; {found}.")
+
+
+def _clips(clip: bool, adaptive: float | None, objective: str | LossFunction) -> bool:
+    """Whether losses beyond guessing get no close look: as asked for, or as ``adaptive`` implies."""
+    if clip and not is_language_model(objective):
+        found = f"the objective is {_name(objective)}; leave it out"
+        raise ValueError(f"clip is about losses beyond guessing a token, but {found}.")
+    if adaptive is None:
+        return clip
+    check_tolerance(adaptive)
+    return is_language_model(objective)
+
+
+def _checked(batches: Iterable[Batch]) -> list[Batch]:
+    fixed = list(batches)
+    if not fixed:
+        raise ValueError("A landscape needs at least one batch, but there is none; check the data.")
+    for batch in fixed:
+        check_batch(batch)
+    return fixed
 
 
 def _empty(
