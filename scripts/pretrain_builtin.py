@@ -5,6 +5,8 @@ The text is the training part of ``builtin:docs`` plus any folder or file of pla
 ``--text``. The learning rate warms up, stays constant and decays over the last fifth (warmup-stable-decay), so
 a run that is stopped can be resumed with another ``--steps`` as long as the decay has not begun.
 
+    python scripts/pretrain_builtin.py train --model bert --text books/ --out runs/bert --bf16 \\
+        --steps 8500 --early-steps 1500
     python scripts/pretrain_builtin.py train --model gpt2 --text books/ --out runs/gpt2 --from-bert --bf16 \\
         --steps 2800 --early-steps 0
     python scripts/pretrain_builtin.py train --model t5 --text books/ --out runs/t5 --from-bert --bf16 \\
