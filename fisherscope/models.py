@@ -322,13 +322,17 @@ def _objective_of_class(class_name: str, config: Any) -> str | None:
 
 
 def check_head(model: nn.Module, objective: object) -> None:
-    """Refuse an objective that the head of a known class was not made for.
+    """Refuse an objective that is unknown, or that the head of a known class was not made for; functions fit all.
 
     Raises:
-        ValueError: If the class of the model is a known head for other objectives.
+        ValueError: If there is no such objective, or the class of the model is a known head for others.
     """
+    if not isinstance(objective, str):
+        return
+    if objective not in _KNOWN_HEADS:
+        check_objective(objective)
     possible = _objectives_of_class(_class_name(model))
-    if possible and objective in _KNOWN_HEADS and objective not in possible:
+    if possible and objective not in possible:
         raise ValueError(
             f"A {type(model).__name__} has a head for {' or '.join(possible)}, but the objective is {objective}; load "
             "the model with this objective."

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ._typing import Float, Int
 from .data.corruption import IGNORED
-from .data.sources import LABELLED_OBJECTIVES, check_objective
+from .data.sources import LABELLED_OBJECTIVES
 from .models import check_head, device_of
 
 Batch = Mapping[str, Tensor]
@@ -93,7 +93,10 @@ class Predictions:
     def drawn(self, uniforms: Float[Tensor, "examples tokens"]) -> Tensor:
         """Labels drawn from the model, by uniform random numbers; a Gaussian has variance 1/2."""
         if self.kind == "losses":
-            raise ValueError("Labels can only be drawn from a named objective, but the losses come from a function.")
+            raise ValueError(
+                "Labels can only be drawn from a named objective, but the losses come from a function; take the "
+                "estimator empirical."
+            )
         if self.kind == "gaussian":
             normal = torch.special.ndtri(uniforms.clamp(min=1e-12))
             return self.outputs.detach() + math.sqrt(GAUSSIAN_VARIANCE) * normal.to(self.outputs.dtype)
@@ -143,8 +146,6 @@ def predict(model: nn.Module, batch: Batch, objective: str | LossFunction) -> Pr
     _check_inputs(model, batch)
     if callable(objective):
         return _custom(objective(model, batch), len(next(iter(batch.values()))))
-    if objective not in ("token-classification", "question-answering"):
-        check_objective(objective)
     check_head(model, objective)
     if objective == "question-answering":
         return _answer(model, batch)
@@ -239,11 +240,10 @@ def _embeddings(model: nn.Module, getter: str) -> Any:
         return None
 
 
-def _custom(losses: Tensor, size: int) -> Predictions:
-    if losses.shape != (size,):
-        raise ValueError(
-            f"A loss function must return one loss per example, shape [B]; got shape {list(losses.shape)}."
-        )
+def _custom(losses: object, size: int) -> Predictions:
+    if not isinstance(losses, Tensor) or losses.shape != (size,):
+        found = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else f"a {type(losses).__name__}"
+        raise ValueError(f"A loss function must return one loss per example, shape [B]; got {found}.")
     return Predictions("losses", losses[:, None], torch.zeros(size, 1, dtype=torch.long, device=losses.device))
 
 

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from architectures import entry
 from conftest import IGNORED, Case, Interrupted, Stopping, batched, built, case, checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from fisherscope import storage
 from fisherscope.fisher import estimate_fisher, run
-from fisherscope.landscape import Axis, Landscape, random_directions, scan_landscape
+from fisherscope.landscape import Axis, Landscape, Subspace, random_directions, scan_landscape
 from fisherscope.masks import Mask, MaskMismatch, bottom_fraction, random_fraction, top_fraction
 from fisherscope.models import infer_objective, load_model
 from fisherscope.objectives import example_losses
@@ -207,6 +208,13 @@ def test_unknown_objective(bert: Case):
     refused(ValueError, sentence, example_losses, bert.model, batches[0], "masked")
 
 
+def test_unknown_objective_of_a_classifier():
+    """It is named before anything is said of its labels, which do not fit a language model."""
+    on = entry("BERT", "classification")
+    sentence = f"objective must be one of {OBJECTIVES}; got 'hinge'."
+    refused(ValueError, sentence, fisher, on.model, batched(on.examples, 3), objective="hinge")
+
+
 def test_batch_without_labels(bert: Case):
     batches = batched([{k: v for k, v in example.items() if k != "labels"} for example in bert.examples], 3)
     sentence = (
@@ -269,6 +277,33 @@ def test_loss_function_with_another_shape(shape: str):
     losses = {"[]": lambda m, b: squares(m, b).sum(), "[4, 2]": lambda m, b: m(b["x"])}[shape]
     sentence = f"A loss function must return one loss per example, shape [B]; got shape {shape}."
     refused(ValueError, sentence, example_losses, model, batches[0], losses)
+
+
+@pytest.mark.parametrize("value", [None, 1.0, (torch.ones(4),)])
+def test_loss_function_that_returns_no_tensor(value: object):
+    model, batches = plain()
+    sentence = f"A loss function must return one loss per example, shape [B]; got a {type(value).__name__}."
+    for run_it in (fisher, functools.partial(scan, axes=1, points=3)):
+        refused(ValueError, sentence, run_it, model, batches, objective=lambda m, b: value)
+
+
+def test_labels_drawn_for_a_loss_function():
+    sentence = (
+        "Labels can only be drawn from a named objective, but the losses come from a function; take the estimator "
+        "empirical."
+    )
+    refused(ValueError, sentence, fisher, *plain(), objective=squares, estimator="sampled")
+
+
+@pytest.mark.parametrize("engine", ["hooks", "loop"])
+def test_loss_function_without_a_gradient_is_told(engine: str, caplog: pytest.LogCaptureFixture):
+    model, batches = plain()
+    found = fisher(model, batches, objective=lambda m, b: squares(m, b).detach(), engine=engine)
+    assert not any(t.any() for t in found.values())
+    assert "All scores are 0" in caplog.text
+    caplog.clear()
+    fisher(model, batches, objective=squares, engine=engine)
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("count", [1, 3, 5])
@@ -448,8 +483,28 @@ def test_given_directions_that_do_not_fit():
 
 def test_one_direction_that_is_no_list():
     """A single mapping is iterable too."""
-    with pytest.raises(ValueError, match="directions must be 'random' or one mapping per axis"):
-        scan(*plain(), objective=squares, axes=1, points=3, directions={"weight": torch.ones(2, 3)})
+    options = {"objective": squares, "axes": 1, "points": 3}
+    for given in ({"weight": torch.ones(2, 3)}, 3):
+        sentence = f"directions must be 'random' or one mapping per axis (1), got a {type(given).__name__}."
+        refused(ValueError, sentence, scan, *plain(), directions=given, **options)
+
+
+def test_a_subspace_says_what_each_direction_is():
+    directions = ({"weight": torch.ones(2, 3)},)
+    sentence = "kinds must say in words what each of 1 directions is, got 0 of them."
+    refused(ValueError, sentence, Subspace, directions, ())
+    sentence = "kinds must say in words what each of 1 directions is, got 'x'."
+    refused(ValueError, sentence, Subspace, directions, "x")
+
+
+def test_directions_may_be_parameters():
+    """Those of another model, say, which require a gradient."""
+    model, batches = plain()
+    options = {"objective": squares, "axes": 1, "points": 3}
+    given = dict(nn.Linear(3, 2).named_parameters())
+    found = scan(model, batches, directions=[given], **options)
+    plain_ones = scan(model, batches, directions=[{name: p.detach() for name, p in given.items()}], **options)
+    assert (found.loss == plain_ones.loss).all()
 
 
 def test_nothing_moves():

@@ -141,6 +141,11 @@ def estimate_fisher(
     facts["provenance"]["data"]["fingerprint"] = facts["provenance"]["data"]["fingerprint"] or state.digest
     provenance = storage.provenance(**facts["provenance"], skipped=state.skipped)
     tensors, first_half, quarters = state.finished()
+    if not is_sharded and not any(bool(t.any()) for t in tensors.values()):
+        logger.warning(
+            "All scores are 0: the loss of these examples has no gradient at any parameter that is scored; look for a "
+            "detach() or no_grad() in the model or the loss."
+        )
     scores = FisherScores(tensors, state.used, estimator, unit, reduction, provenance, first_half, quarters)
     if until_stable is not None:
         _report_stopping(scores, until_stable, fraction)

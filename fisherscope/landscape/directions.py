@@ -37,6 +37,9 @@ class Subspace:
         markers: The other models, without losses.
         weights: For every marker a function that gives its parameters, for the loss of the model itself.
         connected: Whether the markers are a path, in their order.
+
+    Raises:
+        ValueError: If there is not one kind per direction.
     """
 
     directions: tuple[Direction, ...]
@@ -44,6 +47,12 @@ class Subspace:
     markers: tuple[Marker, ...] = ()
     weights: tuple[Callable[[], Mapping[str, Tensor]], ...] = ()
     connected: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what does not belong together."""
+        if isinstance(self.kinds, str) or len(self.kinds) != len(self.directions):
+            found = repr(self.kinds) if isinstance(self.kinds, str) else f"{len(self.kinds)} of them"
+            raise ValueError(f"kinds must say in words what each of {len(self.directions)} directions is, got {found}.")
 
 
 def random_directions(

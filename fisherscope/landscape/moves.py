@@ -149,15 +149,14 @@ def given_space(
     """
     if isinstance(directions, str) and directions == "random":
         return None
-    if isinstance(directions, Subspace):
-        space, found = directions, f"{len(directions.directions)} directions"
-    elif not isinstance(directions, str) and all(isinstance(d, Mapping) for d in directions):
-        space, found = Subspace(tuple(directions), ("given",) * len(directions)), f"{len(directions)} directions"
-    else:
-        space, found = None, repr(directions)[:40]
-    if space is None or len(space.directions) != axes:
+    if isinstance(directions, Sequence) and all(isinstance(d, Mapping) for d in directions):
+        directions = Subspace(tuple(directions), ("given",) * len(directions))
+    if not isinstance(directions, Subspace) or len(directions.directions) != axes:
+        found = repr(directions) if isinstance(directions, str) else f"a {type(directions).__name__}"
+        found = f"{len(directions.directions)} directions" if isinstance(directions, Subspace) else found
         raise ValueError(f"directions must be 'random' or one mapping per axis ({axes}), got {found}.")
-    if len(space.markers) != len(space.weights):
+    space = directions
+    if len(space.markers) != len(space.weights):  # which may be made without, to see where they lie
         counts = f"{len(space.markers)} markers and {len(space.weights)} functions"
         raise ValueError(f"A subspace needs a function for the weights of every marker, got {counts}.")
     parameters = dict(model.named_parameters())
@@ -167,7 +166,7 @@ def given_space(
             raise ValueError(f"A direction has '{name}' of shape {tuple(tensor.shape)}, but the model has {found}.")
         if not bool(tensor.isfinite().all()):
             raise ValueError(f"A direction needs finite values, but '{name}' holds others; make it again.")
-    moved = tuple({name: t.to(parameters[name].device) for name, t in d.items()} for d in space.directions)
+    moved = tuple({name: t.detach().to(parameters[name].device) for name, t in d.items()} for d in space.directions)
     return replace(space, directions=moved)
 
 
