@@ -11,7 +11,8 @@ from test_fisher import PRECISION, WithLogits, assert_same, labelled, moved
 from torch import Tensor
 from torch.nn import functional as F
 
-from fisherscope.fisher import estimate_fisher
+from fisherscope.fisher import Estimand, estimate_fisher
+from fisherscope.objectives import predict
 
 fisher = functools.partial(estimate_fisher, progress=False)
 
@@ -228,3 +229,13 @@ def test_settings_that_do_not_fit_are_refused(settings: dict, message: str):
     made = case("bert")
     with pytest.raises(ValueError, match=message):
         fisher(made.model, batched(made.examples, 3), **settings)
+
+
+def test_an_estimator_without_labels_of_its_own_is_no_other_one():
+    """A name alone, as somebody begins with who writes a new one, would be the empirical Fisher under that name."""
+    made = case("gpt2")
+    estimand = Estimand()
+    object.__setattr__(estimand, "estimator", "new")
+    predictions = predict(made.model, batched(made.examples, 2)[0], made.objective)
+    with pytest.raises(AssertionError, match="new"):
+        list(estimand.terms(predictions, batched(made.examples, 2)[0]))

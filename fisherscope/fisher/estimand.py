@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
+from typing import assert_never, get_args
 
 import torch
 from torch import Tensor
@@ -120,13 +120,16 @@ class Estimand:
 
     def _losses(self, predictions: Predictions, batch: Batch) -> Iterator[Float[Tensor, "examples tokens"]]:
         """Token losses under the labels that the estimator takes, with the square root of their weight."""
-        if self.estimator == "sampled":
-            for uniforms in self._uniforms(predictions, batch):
-                yield predictions.losses_for(predictions.drawn(uniforms)) / math.sqrt(self.draws)
-        elif self.estimator == "exact":
-            yield from self._expectation(predictions)
-        else:
-            yield predictions.token_losses
+        match self.estimator:
+            case "sampled":
+                for uniforms in self._uniforms(predictions, batch):
+                    yield predictions.losses_for(predictions.drawn(uniforms)) / math.sqrt(self.draws)
+            case "exact":
+                yield from self._expectation(predictions)
+            case "empirical" | "squared-batch-mean" | "absolute-gradient":  # which differ in their engines
+                yield predictions.token_losses
+            case _:
+                assert_never(self.estimator)
 
     def _expectation(self, predictions: Predictions) -> Iterator[Tensor]:
         if predictions.kind == "gaussian":
