@@ -1,6 +1,8 @@
 """The command line: every command on a tiny model, messages, and runs that are killed and resumed."""
 
+import argparse
 import csv
+import importlib
 import json
 import os
 import shutil
@@ -9,7 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import h5py
 import numpy as np
@@ -20,12 +22,17 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 import fisherscope as fs
-from fisherscope import cli
+from fisherscope import cli, masks, plots
 from fisherscope.cli import COMMANDS, main
 from fisherscope.cli.info import describe_scores, describe_stability
 from fisherscope.cli.landscape import _names as names_of
+from fisherscope.cli.plot import KINDS
 from fisherscope.comparison import compare
-from fisherscope.landscape import measures
+from fisherscope.experiments.statistics import Correction
+from fisherscope.finetune.recipe import Precision
+from fisherscope.finetune.results import Which
+from fisherscope.fisher.run import EngineName
+from fisherscope.landscape import directions, measures
 from fisherscope.stability import Quarters
 
 WORDS = [f"word{i}" for i in range(60)]
@@ -474,6 +481,41 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit) as exit:
         main([command, "--help"])
     assert exit.value.code == 0 and "--debug" in capsys.readouterr().out
+
+
+CHOICES = [
+    ("fisher", "estimator", fs.scores.Estimator),
+    ("fisher", "unit", fs.scores.Unit),
+    ("fisher", "reduction", fs.scores.Reduction),
+    ("fisher", "engine", EngineName),
+    ("mask", "granularity", masks.Granularity),
+    ("mask", "within", masks.Within),
+    ("landscape", "normalize", directions.Normalize),
+    ("landscape", "one_dimensional", directions.OneDimensional),
+    ("landscape", "match", directions.Match),
+    ("finetune", "precision", Precision),
+    ("compare", "which", Which),
+    ("compare", "correction", Correction),
+    ("plot", "which", Which),
+    ("plot", "by", plots._prepare.By),
+    ("info", "by", fs.scores.By),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "kind"), CHOICES, ids=[f"{command}-{flag}" for command, flag, _ in CHOICES]
+)
+def test_choices_of_flags_are_those_of_the_library(command: str, flag: str, kind: Any) -> None:
+    """They are written out for the command line, which imports nothing heavy to show its help."""
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"fisherscope.cli.{command}").add_flags(parser)
+    (found,) = [action.choices for action in parser._actions if action.dest == flag]
+    assert found is not None and tuple(found) == get_args(kind)
+
+
+def test_every_figure_has_a_kind() -> None:
+    by_command = {name for kinds in KINDS.values() for name in kinds.values()}
+    assert by_command | {"dropout_sites"} == set(plots.__all__)  # whose sites are in no file
 
 
 SLOWED = """

@@ -1,7 +1,9 @@
 """``fisherscope plot``: figures from scores, masks, landscapes and runs; landscapes for ParaView."""
 
 import argparse
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,43 +15,32 @@ if TYPE_CHECKING:
 
 KINDS = {
     "landscapes": {
-        "surface": ("metric", "titles", "width"),
-        "contour": ("metric", "titles", "width"),
-        "curves": ("metric", "titles", "width"),
-        "page": ("metric", "titles"),
-        "volume": ("metric", "titles"),
+        "surface": "surface",
+        "contour": "contour",
+        "curves": "curves",
+        "page": "page",
+        "volume": "volume",
     },
     "scores": {
-        "sorted": ("by", "normalized", "titles"),
-        "layers": ("titles",),
-        "parameters": ("titles",),
-        "stability": ("titles",),
-        "comparison": ("fraction", "titles"),
+        "sorted": "sorted_scores",
+        "layers": "layer_scores",
+        "parameters": "parameter_scores",
+        "stability": "stability",
+        "comparison": "comparison",
     },
-    "masks": {"comparison": ("titles",)},
+    "masks": {"comparison": "comparison"},
     "runs": {
-        "boxes": ("reference", "metric", "which"),
-        "sizes": ("reference", "metric", "which"),
-        "ranks": ("metric", "which"),
-        "learning": ("reference", "metric"),
-        "cost": ("reference",),
+        "boxes": "run_boxes",
+        "sizes": "run_sizes",
+        "ranks": "run_ranks",
+        "learning": "learning_curves",
+        "cost": "run_costs",
     },
 }
-"""The kinds of figures by what they show, and the flags that each knows."""
+"""The kinds of figures by what they show, and the function of ``fisherscope.plots`` that draws each."""
 
 FLAGS = ("metric", "reference", "which", "width", "by", "normalized", "fraction", "titles")
-
-FUNCTIONS = {
-    "sorted": "sorted_scores",
-    "layers": "layer_scores",
-    "parameters": "parameter_scores",
-    "boxes": "run_boxes",
-    "sizes": "run_sizes",
-    "ranks": "run_ranks",
-    "learning": "learning_curves",
-    "cost": "run_costs",
-}
-"""In ``fisherscope.plots``, where they are not named like the kind."""
+"""Each is for the kinds whose function has a keyword of this name."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -113,18 +104,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _draw_landscapes(args: argparse.Namespace) -> None:
-    from .. import plots
     from ..landscape import Landscape
 
     landscapes = [Landscape.load(path) for path in args.files]
     if args.out.suffix == ".vts":
         return _export(args, landscapes)
     kind = args.kind or _usual_kind(len(landscapes[0].axes), args.out.suffix == ".html")
-    given = _given(args, kind, "landscapes")
-    if kind == "volume":
-        plots.volume(_only(landscapes, "A volume"), args.out, **given)
-    else:
-        getattr(plots, kind)(landscapes, args.out, **given)
+    draw = _figure(args, kind, "landscapes")
+    draw(_only(landscapes, "A volume") if kind == "volume" else landscapes, args.out)
 
 
 def _usual_kind(axes: int, is_page: bool) -> str:
@@ -147,32 +134,26 @@ def _only(landscapes: "Sequence[Landscape]", what: str) -> "Landscape":
 
 
 def _draw_scores(args: argparse.Namespace) -> None:
-    from .. import plots
     from ..scores import FisherScores
 
     kind = args.kind or ("comparison" if len(args.files) == 2 else "layers")
-    given = _given(args, kind, "scores")
+    draw = _figure(args, kind, "scores")
     scores = [FisherScores.load(path) for path in args.files]
-    shown: Any = _two(scores) if kind == "comparison" else [scores]
-    getattr(plots, FUNCTIONS.get(kind, kind))(*shown, args.out, **given)
+    draw(*(_two(scores) if kind == "comparison" else [scores]), args.out)
 
 
 def _draw_masks(args: argparse.Namespace) -> None:
-    from .. import plots
     from ..masks import Mask
 
-    given = _given(args, args.kind or "comparison", "masks")
-    first, second = _two([Mask.load(path) for path in args.files])
-    plots.comparison(first, second, args.out, **given)
+    draw = _figure(args, args.kind or "comparison", "masks")
+    draw(*_two([Mask.load(path) for path in args.files]), args.out)
 
 
 def _draw_runs(args: argparse.Namespace) -> None:
-    from .. import plots
     from ..experiments import read_runs
 
-    kind = args.kind or "boxes"
-    given = _given(args, kind, "runs")
-    getattr(plots, FUNCTIONS[kind])(read_runs(*args.files), args.out, **given)
+    draw = _figure(args, args.kind or "boxes", "runs")
+    draw(read_runs(*args.files), args.out)
 
 
 def _two(nouns: Sequence[Any]) -> Sequence[Any]:
@@ -182,13 +163,18 @@ def _two(nouns: Sequence[Any]) -> Sequence[Any]:
     return nouns
 
 
-def _given(args: argparse.Namespace, kind: str, what: str) -> dict[str, Any]:
-    """The flags that were given for a figure, which must know them."""
+def _figure(args: argparse.Namespace, kind: str, what: str) -> Callable[..., Path]:
+    """The function that draws a kind, with the flags that were given, which it must know."""
+    from .. import plots
+
     if kind not in KINDS[what]:
         raise ValueError(f"--kind {kind} does not draw {what}; take one of {', '.join(KINDS[what])}.")
-    known = KINDS[what][kind]
+    function = getattr(plots, KINDS[what][kind])
+    known = [name for name in FLAGS if name in inspect.signature(function).parameters]
+    if what == "masks":
+        known.remove("fraction")  # which makes masks of scores
     _refuse_others(args, FLAGS, known, f"--kind {kind} of {what}")
-    return {name: value for name in known if (value := getattr(args, name)) is not None}
+    return partial(function, **{name: value for name in known if (value := getattr(args, name)) is not None})
 
 
 def _refuse_others(args: argparse.Namespace, flags: Sequence[str], known: Sequence[str], what: str) -> None:
