@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from fisherscope.builtin import docs, tasks
+from fisherscope.data import tasks as data_tasks
 from fisherscope.data.sources import Source, read_source
+from fisherscope.metrics import CLASSIFICATION, REGRESSION
 
-TASKS = ("acceptability", "pairs", "similarity", "topic")
+TASKS = tuple(tasks.TASKS)
 PARTS = ("", "/train")
 
 
@@ -55,6 +57,15 @@ def test_sizes_and_columns(task: str) -> None:
     assert held_out.text_columns == train.text_columns == columns
     assert all(text.isascii() and text.strip() for data in (held_out, train) for row in data.texts for text in row)
     assert held_out.label_names == train.label_names and held_out.fingerprint != train.fingerprint
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_built_in_task_is_one_by_name(task: str) -> None:
+    """What ``--task`` knows of it is what its examples are."""
+    known = data_tasks.TASKS[f"builtin:{task}"]
+    assert known.text_columns == source(task).text_columns
+    assert known.objective == ("classification" if source(task).label_names else "regression")
+    assert set(known.metrics) <= set(CLASSIFICATION if source(task).label_names else REGRESSION)
 
 
 def test_another_process_makes_the_same_data_without_torch() -> None:

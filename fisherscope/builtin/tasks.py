@@ -57,6 +57,7 @@ Row = tuple[str | int | float, ...]
 class _Task(NamedTuple):
     columns: tuple[str, ...]
     class_names: tuple[str, ...] | None
+    metrics: tuple[str, ...]
     rows: Callable[[Iterable[docs.Passage]], Iterator[Row]]
 
 
@@ -75,9 +76,9 @@ def table(task: str, part: docs.Part = "held-out") -> dict[str, list]:
         FileNotFoundError: If this Python comes without the sources of its standard library.
         ValueError: If there is no such task or part.
     """
-    columns, _, rows = _task(task)
-    in_order = sorted(rows(docs.passages(part)), key=lambda row: _digest(task, str(row[0])))
-    return {column: list(values) for column, values in zip(columns, zip(*in_order, strict=True), strict=True)}
+    made = _task(task)
+    in_order = sorted(made.rows(docs.passages(part)), key=lambda row: _digest(task, str(row[0])))
+    return {column: list(values) for column, values in zip(made.columns, zip(*in_order, strict=True), strict=True)}
 
 
 def class_names(task: str) -> tuple[str, ...] | None:
@@ -198,8 +199,11 @@ def _topic(passages: Iterable[docs.Passage]) -> Iterator[Row]:
 
 
 TASKS = {
-    "acceptability": _Task(("sentence", "label"), ("unacceptable", "acceptable"), _acceptability),
-    "pairs": _Task(("sentence1", "sentence2", "label"), ("unrelated", "consecutive"), _pairs),
-    "similarity": _Task(("sentence1", "sentence2", "label"), None, _similarity),
-    "topic": _Task(("text", "label"), tuple(sorted(AREAS)), _topic),
+    "acceptability": _Task(
+        ("sentence", "label"), ("unacceptable", "acceptable"), ("matthews", "accuracy"), _acceptability
+    ),
+    "pairs": _Task(("sentence1", "sentence2", "label"), ("unrelated", "consecutive"), ("f1", "accuracy"), _pairs),
+    "similarity": _Task(("sentence1", "sentence2", "label"), None, ("pearson", "spearman"), _similarity),
+    "topic": _Task(("text", "label"), tuple(sorted(AREAS)), ("accuracy",), _topic),
 }
+"""The tasks by name: columns, of which the last is the label, class names, metrics, and what makes the examples."""

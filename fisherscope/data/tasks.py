@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..builtin import tasks as builtin
 from .sources import Source, _decoded, _fingerprint, _read_hub, read_source
 
 logger = logging.getLogger(__name__)
@@ -129,10 +130,10 @@ _ALL = (
     _quoted("cfimdb", ("accuracy",), "ids-cfimdb-{}.csv", (*SENTENCE, "sentiment"), SENTIMENT, (1_707, 245)),
     _quoted("quora", ("accuracy", "f1"), "quora-{}.csv", (*PAIR, "is_duplicate"), DUPLICATE, (141_498, 20_212)),
     _quoted("sts", ("pearson", "spearman"), "sts-{}.csv", (*PAIR, "similarity"), None, (6_040, 863)),
-    Task("builtin:acceptability", "classification", ("matthews", "accuracy"), SENTENCE),
-    Task("builtin:pairs", "classification", ("f1", "accuracy"), PAIR),
-    Task("builtin:similarity", "regression", ("pearson", "spearman"), PAIR),
-    Task("builtin:topic", "classification", ("accuracy",), ("text",)),
+    *(
+        Task(f"builtin:{name}", "classification" if made.class_names else "regression", made.metrics, made.columns[:-1])
+        for name, made in builtin.TASKS.items()
+    ),
 )  # fmt: skip
 
 TASKS: Mapping[str, Task] = {task.name: task for task in _ALL}
