@@ -60,6 +60,11 @@ def described_methods() -> dict[str, str]:
     return dict(ROW.findall(text.partition("\n## Methods\n")[2].partition("\n## ")[0]))
 
 
+def test_the_readme_counts_the_methods() -> None:
+    (number,) = re.findall(r"There are (\d+) methods", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert int(number) == len(METHODS)
+
+
 def test_table_of_methods_has_them_all() -> None:
     assert described_methods().keys() == METHODS.keys()
 

@@ -14,6 +14,7 @@ from conftest import Case, Interrupted, batched, case, untouched
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from fisherscope.cli.finetune import _documented as described
 from fisherscope.finetune import parts
 from fisherscope.finetune.contract import _facts, _same
 from fisherscope.finetune.regularizer import METHODS, Applied, Composed, Regularizer
@@ -524,6 +525,38 @@ def test_only_classes_with_a_name_of_their_own_are_methods():
         assert Derived.name == "for-a-test"
     finally:
         METHODS.pop("for-a-test", None)
+
+
+def test_a_name_belongs_to_one_class():
+    before = dict(METHODS)
+    sentence = (
+        r"The method 'mixout' is Mixout of fisherscope\.finetune\.methods\.mixout; give .*\.Another another name\."
+    )
+    try:
+        with pytest.raises(ValueError, match=f"^{sentence}$"):
+
+            class Another(Regularizer):
+                name = "mixout"
+
+        assert before == METHODS
+        made = []
+        for _ in range(2):  # as a cell of a notebook that is run again
+
+            class Again(Regularizer):
+                name = "for-a-test"
+
+            made.append(Again)
+        assert METHODS["for-a-test"] is made[1]
+    finally:
+        METHODS.pop("for-a-test", None)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_is_a_dataclass_that_documents_its_settings(name: str):
+    """Without the decorator its fields are no settings, and ``--help`` has what the docstring says of them."""
+    method = METHODS[name]
+    assert "__dataclass_params__" in vars(method)
+    assert [s for s in method.settings() if described(method, s) == s.replace("_", " ")] == []
 
 
 def test_a_changed_parameter_learns_by_its_own_gradient():

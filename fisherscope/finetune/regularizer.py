@@ -25,7 +25,8 @@ METHODS: "dict[str, type[Regularizer]]" = {}
 Unfit = Literal["several tasks", "regression"]
 
 SUPPLIED = ("scores", "mask", "total_steps", "seed", "factors", "anchor", "teacher")
-"""Fields of a regularizer that are no settings: a run supplies them."""
+"""Fields of a regularizer that are no settings: a run supplies them, but ``factors`` and ``teacher``, which the
+``for_run`` of their methods makes."""
 
 
 class Applied:
@@ -65,10 +66,21 @@ class Regularizer:
     order: ClassVar[int] = 0
 
     def __init_subclass__(cls) -> None:
-        """Register a class that has a name."""
+        """Register a class that has a name; a class that is defined again, as in a notebook, takes its own place.
+
+        Raises:
+            ValueError: If another class has the name.
+        """
         super().__init_subclass__()
-        if "name" in cls.__dict__:
-            METHODS[cls.name] = cls
+        if "name" not in cls.__dict__:
+            return
+        there = METHODS.get(cls.name, cls)
+        if (there.__module__, there.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise ValueError(
+                f"The method '{cls.name}' is {there.__qualname__} of {there.__module__}; give {cls.__qualname__} "
+                "another name."
+            )
+        METHODS[cls.name] = cls
 
     def extend(self, model: nn.Module) -> None:
         """Add parameters to a model before its optimizer is made, a checkpoint is loaded, or ranks share it.
