@@ -25,6 +25,7 @@ import fisherscope as fs
 from fisherscope import cli, masks, plots
 from fisherscope.cli import COMMANDS, main
 from fisherscope.cli.info import describe_scores, describe_stability
+from fisherscope.cli.landscape import DIRECTIONS
 from fisherscope.cli.landscape import _names as names_of
 from fisherscope.cli.plot import KINDS
 from fisherscope.comparison import compare
@@ -511,6 +512,15 @@ def test_choices_of_flags_are_those_of_the_library(command: str, flag: str, kind
     importlib.import_module(f"fisherscope.cli.{command}").add_flags(parser)
     (found,) = [action.choices for action in parser._actions if action.dest == flag]
     assert found is not None and tuple(found) == get_args(kind)
+
+
+def test_directions_without_a_function_are_not_random_ones(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name alone, as somebody begins with who writes new ones."""
+    monkeypatch.setitem(DIRECTIONS, "new", 0)
+    assert run("landscape", *flags, "--directions", "new", "--axes", "1", "--out", tmp_path / "s.h5") == 1
+    assert "No function makes the directions 'new'" in capsys.readouterr().err
 
 
 def test_every_figure_has_a_kind() -> None:

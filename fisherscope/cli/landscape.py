@@ -227,6 +227,8 @@ def _space(
         return curvature.steepest(model, batches, mask=mask, objective=objective, strict=args.strict)
     if args.directions == "low-rank":
         return curvature.low_rank(model, axes, rank=args.rank, seed=args.seed)
+    if args.directions != "random":
+        raise NotImplementedError(f"No function makes the directions {args.directions!r}; call one here.")
     return None
 
 
