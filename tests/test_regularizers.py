@@ -24,6 +24,7 @@ from fisherscope.finetune import METHODS, Applied, Composed, Regularizer, parts
 from fisherscope.finetune.methods.fixed_mask import new_names
 from fisherscope.finetune.methods.teacher_free import VirtualTeacher
 from fisherscope.finetune.methods.weights_mixup import mixed_matrices
+from fisherscope.finetune.plan import check_method
 from fisherscope.masks import Mask
 from fisherscope.models import dropout_sites
 from fisherscope.objectives import predict
@@ -550,6 +551,55 @@ def test_a_neutral_setting_that_is_none_is_named(tiny: Case):
     message = "^Pushing must train bit for bit as without it at its neutral setting, but after 3 steps '.*' differs by"
     with pytest.raises(AssertionError, match=message):
         check_regularizer(Pushing(), tiny.model, batched(tiny.examples, 2), neutral=Pushing())
+
+
+class WithoutContext(Regularizer):
+    """Lacks its decorator."""
+
+    def applied_to(self, model: nn.Module, optimizer: Optimizer) -> Any:
+        yield Applied()
+
+
+def test_a_forgotten_decorator_is_named(tiny: Case):
+    sentence = "WithoutContext must make a block, but applied_to gives a generator; put @contextmanager before it"
+    with pytest.raises(AssertionError, match=f"^{sentence}"):
+        check_regularizer(WithoutContext(), tiny.model, batched(tiny.examples, 2))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found"),
+    [
+        (Pushing, "the class Pushing"),
+        ([Pushing()], "a list"),
+        (None, "a NoneType"),
+        (lambda model, optimizer: None, "a function"),
+    ],
+)
+def test_what_is_no_regularizer_is_refused(wrong: Any, found: str, tiny: Case):
+    message = f"^A method is a name or a regularizer with its settings, as RDrop.*, but here is {found}; several are"
+    with pytest.raises(TypeError, match=message):
+        check_regularizer(wrong, tiny.model, batched(tiny.examples, 2))
+    with pytest.raises(TypeError, match=message):
+        check_method(wrong, {})
+    with pytest.raises(TypeError, match=message):
+        Composed([Pushing(), wrong])
+
+
+class MeanOverBatch(Regularizer):
+    """Its weight depends on how many examples there are."""
+
+    def penalty(self, model: nn.Module, batch: Any, predictions: Any) -> Tensor:
+        return predictions.losses().total.mean()
+
+
+def test_a_penalty_of_a_whole_batch_is_refused_in_training(tiny: Case):
+    message = r"^A penalty is one number per example, shape \[.*\], but that of MeanOverBatch has shape \[\];"
+    batch = batched(tiny.examples, 2)[0]
+    with pytest.raises(ValueError, match=message):
+        Composed([MeanOverBatch()]).penalty(tiny.model, batch, predict(tiny.model, batch, tiny.objective))
+    options = {"task": "builtin:acceptability", "train_size": 4, "max_steps": 1, "progress": False}
+    with pytest.raises(ValueError, match=message):
+        fs.finetune("builtin:bert", method=MeanOverBatch(), **options)
 
 
 def test_no_batches_are_refused(tiny: Case):

@@ -3,6 +3,7 @@
 import copy
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.optim import AdamW, Optimizer
 
 from ..models import infer_objective
 from ..objectives import Batch, LossFunction, predict
-from .regularizer import Applied, Regularizer
+from .regularizer import Applied, Regularizer, check_regularizers
 
 SEED = 0
 STEPS = 3
@@ -51,8 +52,10 @@ def check_regularizer(
 
     Raises:
         AssertionError: If a promise is broken; says which one, and where.
+        TypeError: If there is no regularizer.
         ValueError: If there are no batches, or the regularizer refuses the model.
     """
+    check_regularizers([regularizer])
     taken = list(itertools.islice(batches, NUM_BATCHES))
     if not taken:
         raise ValueError("check_regularizer needs at least one batch, got none; give some examples to train on.")
@@ -128,7 +131,12 @@ class _Trial:
 def _trained(trial: _Trial, regularizer: Regularizer) -> dict[str, Tensor]:
     """The values of all parameters after some steps, still inside the block, unless names differ there."""
     model, optimizer = trial.start()
-    with regularizer.applied_to(model, optimizer) as applied:
+    block = regularizer.applied_to(model, optimizer)
+    trial.require(
+        isinstance(block, AbstractContextManager),
+        f"must make a block, but applied_to gives a {type(block).__name__}; put @contextmanager before it",
+    )
+    with block as applied:
         trial.require(
             isinstance(applied, Applied),
             f"must give an Applied to the block, but gives {type(applied).__name__}; write 'yield Applied()'",

@@ -21,7 +21,7 @@ from ..scores import FisherScores
 from . import methods  # noqa: F401  registers them
 from .protocol import DEFAULT, PROTOCOLS, Roles, Size, Splits
 from .recipe import Recipe
-from .regularizer import METHODS, Composed, Regularizer, check_together
+from .regularizer import METHODS, Composed, Regularizer, check_regularizers, check_together
 from .run import Run
 
 MEAN = "mean"
@@ -254,8 +254,13 @@ def check_method(method: str | Regularizer, settings: Mapping[str, Any], given: 
         method: The name of one or several, or a regularizer.
         settings: What the user sets.
         given: What the user gives beside it: ``scores``, ``mask``.
+
+    Raises:
+        TypeError: If the method is neither a name nor a regularizer.
+        ValueError: If there is no such method or setting, one has no effect, or one is missing.
     """
     if not isinstance(method, str):
+        check_regularizers([method])
         if settings:
             raise ValueError("A regularizer has its settings already; give settings with the name of a method only.")
         return

@@ -171,6 +171,33 @@ def check_together(methods: "Iterable[type[Regularizer]]") -> None:
             raise ValueError(f"{name} cannot be combined with {other}: {method.excludes[other]}; take one of them.")
 
 
+def check_regularizers(given: Sequence[object]) -> None:
+    """Refuse what is no regularizer.
+
+    Raises:
+        TypeError: If one is something else, such as a class without its settings.
+    """
+    if wrong := [one for one in given if not isinstance(one, Regularizer)]:
+        found = f"the class {wrong[0].__name__}" if isinstance(wrong[0], type) else f"a {type(wrong[0]).__name__}"
+        raise TypeError(
+            f"A method is a name or a regularizer with its settings, as RDrop(weight=0.5), but here is {found}; "
+            "several are 'A+B' or Composed([a, b])."
+        )
+
+
+def check_penalty(regularizer: Regularizer, penalty: Tensor, count: Tensor) -> None:
+    """Refuse a penalty that is not one number per example: a mean over a batch would count by batches.
+
+    Raises:
+        ValueError: If it has another shape.
+    """
+    if penalty.shape != count.shape:
+        raise ValueError(
+            f"A penalty is one number per example, shape {list(count.shape)}, but that of {type(regularizer).__name__} "
+            f"has shape {list(penalty.shape)}; sum over the tokens of an example and over nothing else."
+        )
+
+
 def check_fit(methods: "Iterable[type[Regularizer]]", objectives: Sequence[str]) -> None:
     """Refuse methods that cannot be trained on tasks.
 
@@ -202,6 +229,7 @@ class Composed(Regularizer):
         parts: The regularizers; those of one ``order`` are applied as they stand.
 
     Raises:
+        TypeError: If one is no regularizer.
         ValueError: If one excludes another one.
     """
 
@@ -209,6 +237,7 @@ class Composed(Regularizer):
 
     def __post_init__(self) -> None:
         """Refuse what does not go together."""
+        check_regularizers(self.parts)
         check_together(type(part) for part in self.parts)
 
     def extend(self, model: nn.Module) -> None:
@@ -230,8 +259,11 @@ class Composed(Regularizer):
 
     def penalty(self, model: nn.Module, batch: "Batch", predictions: "Predictions") -> Tensor | None:
         """The sum of the parts' terms."""
-        terms = [part.penalty(model, batch, predictions) for part in self.parts if part.has_penalty]
-        found = [term for term in terms if term is not None]
+        found = []
+        for part in self.parts:
+            if part.has_penalty and (term := part.penalty(model, batch, predictions)) is not None:
+                check_penalty(part, term, predictions.count)
+                found.append(term)
         return sum(found[1:], found[0]) if found else None
 
     @property

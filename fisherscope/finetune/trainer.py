@@ -23,7 +23,7 @@ from .multitask import InOrder, SharedBackbone
 from .plan import Plan
 from .protocol import PROTOCOLS
 from .recipe import Recipe
-from .regularizer import Regularizer
+from .regularizer import Regularizer, check_penalty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,6 +146,7 @@ class _OurTrainer(Trainer):
         total = losses.total.sum()
         penalty = self.regularizer.penalty(self.view(model), inputs, predictions)
         if penalty is not None:
+            check_penalty(self.regularizer, penalty, losses.count)
             total = total + penalty.sum()
         count = losses.count.sum() if num_items_in_batch is None else num_items_in_batch
         loss = total / torch.as_tensor(count).clamp(min=1).to(total.device)
