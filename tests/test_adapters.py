@@ -488,7 +488,7 @@ def test_the_first_exclusion_is_told():
     with pytest.raises(
         ValueError, match=r"^lora cannot be combined with bitfit: the backbone, which that one changes, is"
     ):
-        Composed([LoRA(), BitFit()])
+        Composed([RDrop(), Composed([LoRA()]), Composed([BitFit()])])
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -361,6 +361,7 @@ def test_an_exception_takes_the_regularizer_off(monkeypatch):
         ({"save_model": True}, "save_model needs out"),
         ({"seeds": []}, "at least one seed"),
         ({"objective": "mlm"}, "objective goes with data only"),
+        ({"task": None, "data": "builtin:docs", "objective": len}, "an objective by name, but here is a function"),
         ({"validation_data": "x.txt"}, "validation_data goes with data only"),
         ({"method": "top-k-layers"}, "top-k-layers needs the setting 'layers'"),
         ({"method": "fixed-mask", "settings": {"fraction": 2.0}}, "fraction must be between 0 and 1"),

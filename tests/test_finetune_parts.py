@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -438,7 +439,8 @@ def test_what_is_applied_is_taken_off_when_the_next_refuses(linear: tuple[nn.Lin
 def test_penalties_of_composed_regularizers_add_up(linear: tuple[nn.Linear, Tensor]):
     """Those of none count for nothing; if all are none, so is the sum."""
     composed = Composed([Regularizer(), Noting(2), Noting(0), Noting(5)])
-    found: Any = composed.penalty(linear[0], {}, None)
+    of_two: Any = SimpleNamespace(count=torch.ones(2))
+    found: Any = composed.penalty(linear[0], {}, of_two)
     assert torch.equal(found, torch.tensor([7.0, 7.0]))
     assert Composed([Regularizer(), Noting(0)]).penalty(linear[0], {}, None) is None
 

@@ -211,6 +211,11 @@ def data_of(
     label_column: str | None = None,
 ) -> dict[str, Any]:
     """The fields of a plan that say what is trained on and measured; the arguments are those of ``finetune``."""
+    if callable(objective):
+        raise ValueError(
+            "Fine-tuning takes an objective by name, but here is a function; a loss of your own goes into a loop of "
+            "your own, inside 'with regularizer.applied_to(model, optimizer)'."
+        )
     unfit = {"validation_data": validation_data, "objective": objective, "text_columns": text_columns}
     unfit = unfit | {"label_column": label_column} if task is not None else {"data_dir": data_dir}
     if given := next((name for name, value in unfit.items() if value is not None), None):

@@ -6,6 +6,7 @@ method of :func:`fisherscope.finetune`; its fields are the method's settings, on
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -236,8 +237,10 @@ class Composed(Regularizer):
     parts: Sequence[Regularizer]
 
     def __post_init__(self) -> None:
-        """Refuse what does not go together."""
+        """Take the parts of a part for parts, and refuse what does not go together."""
         check_regularizers(self.parts)
+        inner = [part.parts if isinstance(part, Composed) else (part,) for part in self.parts]
+        object.__setattr__(self, "parts", tuple(itertools.chain.from_iterable(inner)))
         check_together(type(part) for part in self.parts)
 
     def extend(self, model: nn.Module) -> None:
