@@ -137,7 +137,7 @@ def test_batch_without_any_example(bert: Case):
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "bert-classifier", "bert-regressor"])
-def test_weights_that_are_not_finite(name: str):
+def test_weights_that_are_not_finite(name: str, caplog: pytest.LogCaptureFixture):
     made = case(name)
     with torch.no_grad():
         next(p for n, p in made.model.named_parameters() if "embed" in n or "wte" in n or "shared" in n).fill_(
@@ -146,6 +146,7 @@ def test_weights_that_are_not_finite(name: str):
     for engine in ("hooks", "loop"):
         with pytest.raises(ValueError, match=r"^Every example needs a finite loss, but example 0 of a batch has nan"):
             fisher(made.model, batched(made.examples, 4), engine=engine)
+    assert "other examples of its batch" not in caplog.text  # the batch is not to blame
     with pytest.raises(ValueError, match=r"^Every example needs a finite loss"):
         check_engine(made.model, batched(made.examples, 4))
 
@@ -390,7 +391,9 @@ def test_batches_without_names(kind: type) -> None:
 @pytest.mark.parametrize("name", ["data.csv", "half.safetensors"])
 def test_files_of_another_kind_are_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / name).write_text("text\na\n")
-    command = ["info"] if name == "data.csv" else ["mask", "--fraction", "0.5", "--out", str(tmp_path / "out")]
+    command = (
+        ["info"] if name == "data.csv" else ["mask", "--fraction", "0.5", "--out", str(tmp_path / "m.safetensors")]
+    )
     assert main([command[0], str(tmp_path / name), *command[1:]]) == 1
     found = {"data.csv": "CSV", "half.safetensors": "a mask or weights"}[name]
     message = f"but by its name {found}; give the scores or the landscape that was meant"

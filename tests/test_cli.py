@@ -707,6 +707,30 @@ def test_classes_that_the_checkpoint_does_not_know_are_refused() -> None:
         with_class_order(source, ("yes", "no"))
     assert with_class_order(source, ("LABEL_0", "LABEL_1")) is source
     assert with_class_order(source, ("no", "maybe")).labels == [1, 0]
+    many = fs.Source("data.tsv", [("a",)] * 30, list(range(30)), tuple(f"class {n}" for n in range(30)), "0")
+    with pytest.raises(ValueError, match=r"has the classes class 0, .*, class 9 and 20 more, but .* has yes, no: "):
+        with_class_order(many, ("yes", "no"))
+
+
+@pytest.mark.parametrize(
+    ("words", "kind", "endings"),
+    [
+        (["fisher", "--model", "m", "--data", "d"], "scores", ".h5 or .hdf5"),
+        (["landscape", "--model", "m", "--data", "d"], "a landscape", ".h5 or .hdf5"),
+        (["mask", "scores.h5", "--fraction", "0.1"], "a mask", ".safetensors"),
+    ],
+)
+def test_names_by_which_a_result_could_not_be_read_are_refused(
+    words: list[str], kind: str, endings: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "result.json"
+    said = f"fisherscope: The name of {kind} ends in {endings}, got 'result.json'; rename the output."
+    assert refused(capsys, *words, "--out", out) == said
+    folder = tmp_path / f"folder{endings.split()[0]}"
+    folder.mkdir()
+    for more in ([], ["--overwrite"]):
+        said = f"fisherscope: --out must be a file, but {folder} is a folder; name a file in it."
+        assert refused(capsys, *words, "--out", folder, *more) == said
 
 
 def test_unfinished_work_is_not_deleted_silently(

@@ -90,6 +90,16 @@ def add_general_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
+def check_ending(out: Path, kind: str, *endings: str) -> None:
+    """Refuse a name by which the file would be taken for another kind when it is read.
+
+    Raises:
+        ValueError: If the name has none of the endings.
+    """
+    if out.suffix.lower() not in endings:
+        raise ValueError(f"The name of {kind} ends in {' or '.join(endings)}, got {out.name!r}; rename the output.")
+
+
 def output_is_finished(args: argparse.Namespace) -> bool:
     """Settle what is to be done about ``--out``; True if ``--resume`` finds a result there, and no work in progress.
 
@@ -97,7 +107,10 @@ def output_is_finished(args: argparse.Namespace) -> bool:
 
     Raises:
         FileExistsError: If there is a result, or a part of one, and no flag says what to do.
+        IsADirectoryError: If it is a folder, which no flag replaces.
     """
+    if args.out.is_dir():
+        raise IsADirectoryError(f"--out must be a file, but {args.out} is a folder; name a file in it.")
     part = storage.part_path(args.out)
     resume = getattr(args, "resume", False)
     if args.out.exists() and resume and not args.overwrite:

@@ -5,7 +5,14 @@ import logging
 from typing import Any
 
 from .. import storage
-from ._common import add_memory_flags, add_model_and_data_flags, add_output_flags, load, output_is_finished
+from ._common import (
+    add_memory_flags,
+    add_model_and_data_flags,
+    add_output_flags,
+    check_ending,
+    load,
+    output_is_finished,
+)
 from ._finished import check_finished, deciding_flags, with_flags
 
 logger = logging.getLogger(__name__)
@@ -49,6 +56,7 @@ def run(args: argparse.Namespace) -> None:
     """Estimate, save, and say what came out; started by torchrun, each process does its share."""
     from .. import distributed
 
+    check_ending(args.out, "scores", ".h5", ".hdf5")
     with distributed.started(args.device) as args.device:
         if not distributed.is_first():
             logging.getLogger("fisherscope").setLevel(logging.ERROR)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import storage
-from ._common import add_model_and_data_flags, add_output_flags, load, output_is_finished
+from ._common import add_model_and_data_flags, add_output_flags, check_ending, load, output_is_finished
 from ._finished import check_finished, content, deciding_flags, with_flags
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
     from .. import distributed
 
     _check(args)
+    check_ending(args.out, "a landscape", ".h5", ".hdf5")
     with distributed.started(args.device) as args.device:
         if not distributed.is_first():
             logging.getLogger("fisherscope").setLevel(logging.ERROR)

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from ._common import add_output_flags, output_is_finished
+from ._common import add_output_flags, check_ending, output_is_finished
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> None:
         args.refuse(f"argument --{given}: not with --published, which says what is selected")
     if args.published and args.select == "random":
         args.refuse("argument --select: the published masks are the top and the bottom half")
+    check_ending(args.out, "a mask", ".safetensors")
     if output_is_finished(args):
         return
     from ..masks import bottom_fraction, random_fraction, sharma2024, top_fraction

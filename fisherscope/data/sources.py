@@ -138,7 +138,7 @@ def with_class_order(source: Source, names: Sequence[str]) -> Source:
         return source  # ids without names: taken as they are
     if missing := [name for name in own if name.casefold() not in numbers]:
         raise ValueError(
-            f"{source.name} has the classes {', '.join(own)}, but the model's head has {', '.join(names)}: "
+            f"{source.name} has the classes {_listed(own)}, but the model's head has {_listed(names)}: "
             f"{missing[0]!r} is not among them; rename the classes, or write them as the model's numbers."
         )
     labels = [numbers[own[int(label)].casefold()] for label in source.labels]
@@ -148,6 +148,12 @@ def with_class_order(source: Source, names: Sequence[str]) -> Source:
         label_names=tuple(names),
         fingerprint=_fingerprint(source.texts, labels, tuple(names)),
     )
+
+
+def _listed(names: Sequence[str], shown: int = 10) -> str:
+    """The first names, and how many others there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def check_objective(objective: str) -> None:

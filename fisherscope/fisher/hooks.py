@@ -147,6 +147,8 @@ class Hooks:
         """Whether the loss of an example depends on the others of its batch; alone it is what the loop says."""
         together = losses(examples).detach()
         alone = torch.cat([losses(_taken(examples, [n])).detach() for n in range(size(examples))])
+        if not bool(torch.isfinite(alone).all()):
+            raise ValueError("Every example needs a finite loss, but one has none; check the model's weights.")
         tolerance = _tolerance(self.model)
         mixes = not torch.allclose(together, alone, rtol=tolerance, atol=0.01 * tolerance)
         if mixes:
