@@ -208,11 +208,15 @@ def _head_size(config: Any, objective: str, num_labels: int | None, name: str) -
 
 
 def _resolve(name: str) -> str:
-    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
-        raise FileNotFoundError(f"Cannot load the model {name!r}: there is no such folder.")
     folder = Path(name).expanduser()
-    if not (folder / "config.json").exists() and (saved := sorted(folder.glob("model-seed-*"))):
-        raise FileNotFoundError(f"{name} is the folder of a run; give a model in it, such as {saved[0]}.")
+    if name.startswith((".", "/", "~")) and not folder.exists():
+        raise FileNotFoundError(f"Cannot load the model {name!r}: there is no such folder.")
+    if folder.is_file():
+        raise FileNotFoundError(
+            f"Cannot load the model {name!r}: it is a file; give its folder, with config.json, weights and tokenizer."
+        )
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise FileNotFoundError(f"Cannot load the model {name!r}: {_without_config(folder)}.")
     if not name.startswith("builtin:"):
         return str(Path(name).expanduser()) if name.startswith("~") else name
     folder = Path(str(resources.files("fisherscope.builtin"))) / name.removeprefix("builtin:")
@@ -222,6 +226,15 @@ def _resolve(name: str) -> str:
             f"There is no built-in model {name!r}; there are {', '.join(f'builtin:{k}' for k in known)}."
         )
     return str(folder)
+
+
+def _without_config(folder: Path) -> str:
+    """What a folder is that lacks config.json, and what to do."""
+    if (folder / "adapter_config.json").exists():
+        return "it is an adapter of peft without its model; save what merge_and_unload() gives and take that"
+    if saved := [*folder.glob("model-seed-*"), *folder.glob("checkpoint-*")]:
+        return f"it is the folder of a run; give a model in it, such as {min(saved, key=lambda path: path.name)}"
+    return "the folder holds no config.json; give one that save_pretrained wrote"
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fisherscope import storage
 from fisherscope.fisher import estimate_fisher, run
+from fisherscope.fisher.memory import empty_model
 from fisherscope.landscape import Axis, Landscape, Subspace, random_directions, scan_landscape
 from fisherscope.masks import Mask, MaskMismatch, bottom_fraction, random_fraction, top_fraction
 from fisherscope.models import infer_objective, load_model
@@ -551,6 +552,33 @@ def test_model_that_is_not_there(tmp_path: Path):
         load_model(missing)
     assert str(error.value).startswith(f"Cannot load the model '{missing}': ")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("holds", "ending"),
+    [
+        (
+            "adapter_config.json",
+            "it is an adapter of peft without its model; save what merge_and_unload() gives and take that.",
+        ),
+        ("checkpoint-8", "it is the folder of a run; give a model in it, such as {folder}/checkpoint-8."),
+        ("model.safetensors", "the folder holds no config.json; give one that save_pretrained wrote."),
+    ],
+)
+def test_folder_without_a_config(holds: str, ending: str, tmp_path: Path):
+    (tmp_path / holds).touch()
+    sentence = f"Cannot load the model '{tmp_path}': {ending.format(folder=tmp_path)}"
+    refused(FileNotFoundError, sentence, load_model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_file_in_place_of_a_model(name: str, tmp_path: Path):
+    built("bert").save_pretrained(tmp_path)
+    file = tmp_path / name
+    ending = "it is a file; give its folder, with config.json, weights and tokenizer."
+    refused(FileNotFoundError, f"Cannot load the model '{file}': {ending}", load_model, file)
+    if name == "model.safetensors":
+        refused(FileNotFoundError, f"Cannot load the model '{file}': {ending}", empty_model, file)
 
 
 def test_checkpoint_without_a_head(tmp_path: Path):

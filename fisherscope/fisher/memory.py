@@ -300,7 +300,8 @@ def empty_model(
     """
     from transformers import AutoConfig
 
-    path = str(source) if Path(source).is_file() else models._resolve(str(source))
+    is_config = Path(source).suffix == ".json" and Path(source).is_file()
+    path = str(source) if is_config else models._resolve(str(source))
     with models._one_sentence(str(source)):
         config = AutoConfig.from_pretrained(path, revision=revision)
     objective = objective or models._objective_of_config(config, str(source))
