@@ -57,8 +57,9 @@ class Mask(Mapping[str, Tensor]):
     def __post_init__(self) -> None:
         """Refuse anything but booleans."""
         for name, tensor in self.tensors.items():
-            if tensor.dtype != torch.bool:
-                raise TypeError(f"A mask holds boolean tensors, but '{name}' is {tensor.dtype}.")
+            if not isinstance(tensor, Tensor) or tensor.dtype != torch.bool:
+                found = tensor.dtype if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+                raise TypeError(f"A mask holds boolean tensors, but '{name}' is {found}.")
 
     def __getitem__(self, name: str) -> Tensor:
         """The selected entries of one parameter."""
@@ -361,6 +362,16 @@ def _mask_provenance(
         exclude=exclude,
         scores={**facts, "num_examples": scores.num_examples, "estimator": scores.estimator, "unit": scores.unit},
     )
+
+
+def check_mask(mask: object) -> None:
+    """Refuse what is given as a mask and is none, such as its path.
+
+    Raises:
+        TypeError: Saying how to make one.
+    """
+    if not isinstance(mask, Mask):
+        raise TypeError(f"A mask must be a Mask, got a {type(mask).__name__}; take Mask.load(path) or Mask(tensors).")
 
 
 def _plural(granularity: str) -> str:

@@ -109,12 +109,17 @@ def check_batch(batch: object) -> None:
     """Refuse what is no batch.
 
     Raises:
-        TypeError: If it is no mapping.
+        TypeError: If it is no mapping to tensors; names the first that is none.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(
             "A batch must be a mapping from the names of the model's arguments to tensors, as {'input_ids': ..., "
             f"'labels': ...}}, but the data gives a {type(batch).__name__}; let the loader make a dict of it."
+        )
+    if wrong := next((name for name, value in batch.items() if not isinstance(value, Tensor)), None):
+        raise TypeError(
+            f"A batch must hold tensors with the examples first, but {wrong!r} is a {type(batch[wrong]).__name__}; "
+            "let the loader collate it, or leave it out."
         )
 
 

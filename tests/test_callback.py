@@ -181,6 +181,13 @@ def test_a_penalty_is_refused(regularizer: Regularizer):
         RegularizerCallback(regularizer)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_regularizer_is_refused():
+    for wrong, found in ((Penalised, "Penalised"), (None, "a NoneType")):
+        with pytest.raises(TypeError, match=rf"^RegularizerCallback takes a regularizer, .*, got {found}\.$"):
+            RegularizerCallback(wrong)  # pyright: ignore[reportArgumentType]
+
+
 def test_the_model_is_restored_at_the_end_of_the_training(tmp_path: Path):
     """A second training of the same model, without the callback, trains all of it."""
     model = classifier()

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fisherscope import storage
+from fisherscope.finetune import SubnetworkUpdate
 from fisherscope.fisher import estimate_fisher, run
 from fisherscope.fisher.memory import empty_model
 from fisherscope.landscape import Axis, Landscape, Subspace, random_directions, scan_landscape
@@ -382,8 +383,24 @@ def test_pattern_that_matches_nothing(option: str):
         refused(ValueError, sentence, select, scores(), 0.5, **{option: ["a.*", "b.*"]})
 
 
+@pytest.mark.parametrize("mask", ["mask.safetensors", {"weight": torch.ones(2, 3, dtype=torch.bool)}])
+def test_mask_that_is_none(mask: object):
+    sentence = f"A mask must be a Mask, got a {type(mask).__name__}; take Mask.load(path) or Mask(tensors)."
+    refused(TypeError, sentence, scan, *plain(), objective=squares, axes=1, points=3, mask=mask)
+    refused(TypeError, sentence, SubnetworkUpdate, mask)
+
+
+def test_batch_of_what_is_no_tensor():
+    ending = "is a list; let the loader collate it, or leave it out."
+    sentence = f"A batch must hold tensors with the examples first, but 'text' {ending}"
+    model, batches = plain()
+    for run_ in (fisher, functools.partial(scan, axes=1, points=3)):
+        refused(TypeError, sentence, run_, model, [{**batches[0], "text": ["a"] * 4}], objective=squares)
+
+
 def test_mask_that_is_not_boolean(tmp_path: Path):
     refused(TypeError, "A mask holds boolean tensors, but 'a' is torch.float32.", Mask, {"a": torch.ones(2)})
+    refused(TypeError, "A mask holds boolean tensors, but 'a' is a ndarray.", Mask, {"a": np.ones(2, dtype=bool)})
     path = tmp_path / "mask.safetensors"
     Mask({"a": torch.ones(2, dtype=torch.bool)}).save(path)
     with safe_open(path, framework="pt") as file:

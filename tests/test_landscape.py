@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -463,6 +464,8 @@ def test_file_cut_short_is_refused(share: float, tmp_path: Path):
 
 def test_landscape_in_one_line():
     assert repr(small()) == "Landscape(3 x 5 points, all entries, mlm, 7 at the centre)"
+    begun = replace(small(), loss=np.full((3, 5), np.nan), evaluated=np.zeros((3, 5), dtype=bool))
+    assert repr(begun) == "Landscape(3 x 5 points, all entries, mlm, centre not measured yet)"
     assert small().centre_loss == 7.0
 
 

@@ -20,7 +20,7 @@ class RegularizerCallback(TrainerCallback):
     parameters without a gradient; give ``TrainingArguments(ddp_find_unused_parameters=True)``.
 
     Raises:
-        TypeError: If the regularizer adds a term to the loss, which a callback cannot do; use
+        TypeError: If it is no regularizer, or adds a term to the loss, which a callback cannot do; use
             :func:`fisherscope.finetune`, or add :meth:`Regularizer.penalty` in a training loop of your own.
     """
 
@@ -28,6 +28,9 @@ class RegularizerCallback(TrainerCallback):
 
     def __init__(self, regularizer: Regularizer) -> None:
         """Not applied yet."""
+        if not isinstance(regularizer, Regularizer):
+            found = regularizer.__name__ if isinstance(regularizer, type) else f"a {type(regularizer).__name__}"
+            raise TypeError(f"RegularizerCallback takes a regularizer, such as GuidedDropout(scores), got {found}.")
         if regularizer.has_penalty and not self.adds_penalty:
             raise TypeError(
                 f"{type(regularizer).__name__} adds a term to the loss, which a callback of Trainer cannot do; use "

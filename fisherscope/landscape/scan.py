@@ -18,7 +18,7 @@ from .. import distributed, storage
 from .._progress import progress_bar
 from ..data import BatchDigest, describe_batches
 from ..data.sources import LABELLED_OBJECTIVES
-from ..masks import Mask
+from ..masks import Mask, check_mask
 from ..metrics import CLASSIFICATION, REGRESSION
 from ..models import check_head, describe, infer_objective, measuring
 from ..objectives import Batch, LossFunction, check_batch, is_language_model, num_scored, reference_losses
@@ -115,6 +115,8 @@ def scan_landscape(
     """
     objective = objective or infer_objective(model)
     check_head(model, objective)
+    if mask is not None:
+        check_mask(mask)
     _check_metrics(metrics, objective, getattr(getattr(model, "config", None), "num_labels", None))
     space = given_space(directions, model, axes)
     _check_replicates(replicates, space)

@@ -188,9 +188,9 @@ class Landscape:
         """One line for notebooks."""
         grid = " x ".join(str(size) for size in self.loss.shape)
         several = f", mean of {len(self.replicates)} replicates" if self.replicates else ""
-        return (
-            f"Landscape({grid} points, {self.title}, {self.objective}, {self.centre_loss:.4g} at the centre{several})"
-        )
+        measured = self.evaluated[self.centre]
+        centre = f"{self.centre_loss:.4g} at the centre" if measured else "centre not measured yet"
+        return f"Landscape({grid} points, {self.title}, {self.objective}, {centre}{several})"
 
     @property
     def centre(self) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..._typing import Bool
-from ...masks import Mask, top_fraction
+from ...masks import Mask, check_mask, top_fraction
 from ...models import align, backbone, backbone_prefix, new_parameters
 from ...scores import FisherScores
 from ..parts import entries_kept, frozen, gradients_masked
@@ -41,6 +41,10 @@ class SubnetworkUpdate(Regularizer):
     replaced: ClassVar[Mapping[str, Sequence[str]]] = {"mask": ("fraction",)}
 
     mask: Mask
+
+    def __post_init__(self) -> None:
+        """Refuse what is no mask."""
+        check_mask(self.mask)
 
     @contextmanager
     def applied_to(self, model: nn.Module, optimizer: Optimizer) -> Iterator[Applied]:
