@@ -323,13 +323,20 @@ def _scored_positions(labels: Int[Tensor, "examples tokens"]) -> Int[Tensor, "ex
 def _shifted_right(model: nn.Module, labels: Tensor) -> Tensor:
     """What the decoder reads: the target one position later, after the start token."""
     prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if prepare is not None:
-        return prepare(labels=labels)
     start = getattr(getattr(model, "config", None), "decoder_start_token_id", None)
+    unknown = ValueError(
+        f"{type(model).__name__} does not say how its decoder starts; set decoder_start_token_id in its configuration, "
+        "or add 'decoder_input_ids' to the batches."
+    )
+    if prepare is not None:
+        try:
+            return prepare(labels=labels)
+        except AttributeError as error:
+            if start is None:
+                raise unknown from error
+            raise
     if start is None:
-        raise ValueError(
-            f"{type(model).__name__} does not say how its decoder starts; add 'decoder_input_ids' to the batches."
-        )
+        raise unknown
     shifted = F.pad(labels[:, :-1], (1, 0), value=start)
     return shifted.masked_fill(shifted == IGNORED, model.config.pad_token_id or 0)  # pyright: ignore
 

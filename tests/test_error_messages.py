@@ -598,6 +598,16 @@ def test_file_in_place_of_a_model(name: str, tmp_path: Path):
         refused(FileNotFoundError, f"Cannot load the model '{file}': {ending}", empty_model, file)
 
 
+def test_configuration_without_a_decoder_start():
+    made = case("t5")
+    del made.model.config.decoder_start_token_id
+    sentence = (
+        "T5ForConditionalGeneration does not say how its decoder starts; set decoder_start_token_id in its "
+        "configuration, or add 'decoder_input_ids' to the batches."
+    )
+    refused(ValueError, sentence, example_losses, made.model, batched(made.examples, 2)[0], "seq2seq-lm")
+
+
 def test_checkpoint_without_a_head(tmp_path: Path):
     built("bert").bert.save_pretrained(tmp_path)
     sentence = (
