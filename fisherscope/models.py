@@ -130,8 +130,9 @@ def has_next_sentence_head(name: str | Path, *, revision: str | None = None) -> 
     """
     import transformers
 
+    path = _resolve(str(name))
     with _one_sentence(str(name)):
-        config = transformers.AutoConfig.from_pretrained(_resolve(str(name)), revision=revision)
+        config = transformers.AutoConfig.from_pretrained(path, revision=revision)
     classes: Any = transformers.AutoModelForPreTraining._model_mapping
     return type(config) in classes and _has_next_sentence_head(classes[type(config)].__name__)
 
@@ -263,8 +264,9 @@ def saved_objective(name: str | Path, *, revision: str | None = None) -> str:
     """
     from transformers import AutoConfig
 
+    path = _resolve(str(name))
     with _one_sentence(str(name)):
-        config = AutoConfig.from_pretrained(_resolve(str(name)), revision=revision)
+        config = AutoConfig.from_pretrained(path, revision=revision)
     return _objective_of_config(config, str(name))
 
 
@@ -276,8 +278,9 @@ def saved_classes(name: str | Path, *, revision: str | None = None) -> tuple[str
     """
     from transformers import AutoConfig
 
+    path = _resolve(str(name))
     with _one_sentence(str(name)):
-        config = AutoConfig.from_pretrained(_resolve(str(name)), revision=revision)
+        config = AutoConfig.from_pretrained(path, revision=revision)
     if _objective_of_class((config.architectures or [""])[0], config) != "classification":
         return ()
     return tuple(str(name) for _, name in sorted((config.id2label or {}).items()))

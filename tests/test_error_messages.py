@@ -21,7 +21,7 @@ from fisherscope.fisher import estimate_fisher, run
 from fisherscope.fisher.memory import empty_model
 from fisherscope.landscape import Axis, Landscape, Subspace, random_directions, scan_landscape
 from fisherscope.masks import Mask, MaskMismatch, bottom_fraction, random_fraction, top_fraction
-from fisherscope.models import infer_objective, load_model
+from fisherscope.models import has_next_sentence_head, infer_objective, load_model, saved_classes, saved_objective
 from fisherscope.objectives import example_losses
 from fisherscope.scores import FisherScores
 
@@ -585,7 +585,8 @@ def test_model_that_is_not_there(tmp_path: Path):
 def test_folder_without_a_config(holds: str, ending: str, tmp_path: Path):
     (tmp_path / holds).touch()
     sentence = f"Cannot load the model '{tmp_path}': {ending.format(folder=tmp_path)}"
-    refused(FileNotFoundError, sentence, load_model, tmp_path)
+    for look in (load_model, saved_objective, saved_classes, has_next_sentence_head):
+        refused(FileNotFoundError, sentence, look, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
