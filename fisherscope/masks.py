@@ -25,7 +25,7 @@ from .models import (
     transposed_parameters,
     weights_fingerprint,
 )
-from .scores import FisherScores
+from .scores import FisherScores, check_scores
 
 logger = logging.getLogger(__name__)
 
@@ -278,6 +278,8 @@ def random_fraction(
         shapes: Mapping[str, Tensor] = dict(like.named_parameters())
         transposed, origin = sorted(transposed_parameters(like)), {"model": describe(like)}
     else:
+        if not isinstance(like, FisherScores | Mask):
+            raise TypeError(f"like must be scores, a mask or a model, got a {type(like).__name__}; load it first.")
         shapes, origin = like, dict(like.provenance)
         transposed = origin.get("model", {}).get("transposed", [])
     if stratify not in (None, "model", "layer", "parameter"):
@@ -330,6 +332,7 @@ def _ranked(
     complement: bool = False,
 ) -> dict[str, Tensor]:
     """The highest units of the parameters considered, or the others; one warning if scores do not tell these apart."""
+    check_scores(scores)
     chosen = {name: scores[name] for name in _considered(scores, include, exclude)}
     transposed = scores.provenance.get("model", {}).get("transposed", [])
     top, zeros = highest_units(chosen, fraction, within, granularity, transposed)

@@ -105,7 +105,7 @@ def load_model(
         logger.info("All parameters of %s are drawn at random from seed %d.", name, seed)
     elif new:
         logger.warning(
-            "%s has no weights for %d parameters, for example '%s'; they are drawn at random from seed %d.",
+            "%s has no weights for %d of its parameters, for example '%s'; such are drawn at random from seed %d.",
             name,
             len(new),
             new[0],

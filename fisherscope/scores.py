@@ -229,6 +229,19 @@ class FisherScores(Mapping[str, Tensor]):
 By = Literal["layer", "parameter"]
 
 
+def check_scores(scores: object) -> None:
+    """Refuse what is given as scores and is none, such as their path.
+
+    Raises:
+        TypeError: Saying how to make them.
+    """
+    if not isinstance(scores, FisherScores):
+        raise TypeError(
+            f"Scores must be FisherScores, got a {type(scores).__name__}; take FisherScores.load(path) or "
+            "estimate_fisher(model, batches)."
+        )
+
+
 @dataclass(frozen=True)
 class Summary:
     """What a layer or a parameter scores.

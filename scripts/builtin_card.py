@@ -128,7 +128,8 @@ def card(
     early = EARLY[run["objective"]].format(run["early_steps"])
     facts = [
         f"- Size: {model.num_parameters():,} parameters in float16, a vocabulary of {model.config.vocab_size:,} "
-        f"WordPieces; the shape is in `config.json`. {words}.",
+        f"WordPieces; the shape is in `config.json`. {words}. To train it without fisherscope give "
+        "`from_pretrained` a `dtype=torch.float32`.",
         f"- Text: the training part of `builtin:docs` (documentation inside the standard library of Python "
         f"{run['python']}, fingerprint `{run['docs_fingerprint']}`), {text[0]:,} tokens, and 16 public-domain books "
         f"(`figures/data/README.md`), {sum(text[1:]):,} tokens; windows drawn from the two with "

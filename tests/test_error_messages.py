@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fisherscope import storage
-from fisherscope.finetune import SubnetworkUpdate
+from fisherscope.data import load_batches
+from fisherscope.finetune import GuidedDropout, SubnetworkUpdate, finetune
 from fisherscope.fisher import estimate_fisher, run
 from fisherscope.fisher.memory import empty_model
 from fisherscope.landscape import Axis, Landscape, Subspace, random_directions, scan_landscape
@@ -236,7 +237,8 @@ def test_nothing_scored(engine: str, bert: Case):
 
 
 def test_no_batches(bert: Case):
-    refused(ValueError, NOTHING_SCORED, fisher, bert.model, [])
+    sentence = "A Fisher run needs at least one batch, but there is none; check the data."
+    refused(ValueError, sentence, fisher, bert.model, [])
     sentence = "A landscape needs at least one batch, but there is none; check the data."
     refused(ValueError, sentence, scan, bert.model, [], axes=1, points=3)
 
@@ -388,6 +390,30 @@ def test_mask_that_is_none(mask: object):
     sentence = f"A mask must be a Mask, got a {type(mask).__name__}; take Mask.load(path) or Mask(tensors)."
     refused(TypeError, sentence, scan, *plain(), objective=squares, axes=1, points=3, mask=mask)
     refused(TypeError, sentence, SubnetworkUpdate, mask)
+    refused(TypeError, sentence, finetune, "builtin:bert", task="builtin:pairs", method="fixed-mask", mask=mask)
+
+
+@pytest.mark.parametrize("given", ["scores.h5", {"weight": torch.ones(2, 3)}])
+def test_scores_that_are_none(given: object):
+    sentence = (
+        f"Scores must be FisherScores, got a {type(given).__name__}; take FisherScores.load(path) or "
+        "estimate_fisher(model, batches)."
+    )
+    refused(TypeError, sentence, scan, *plain(), objective=squares, axes=1, points=3, scores=given)
+    refused(TypeError, sentence, GuidedDropout, given)
+    refused(TypeError, sentence, finetune, "builtin:bert", task="builtin:pairs", method="guided-dropout", scores=given)
+    for select in (top_fraction, bottom_fraction):
+        refused(TypeError, sentence, select, given, 0.5)
+    sentence = f"like must be scores, a mask or a model, got a {type(given).__name__}; load it first."
+    refused(TypeError, sentence, random_fraction, given, 0.5, seed=0)
+
+
+def test_data_that_are_no_file():
+    sentence = (
+        "data must be a name, a path or a Source, got a dict; save it as a file (to_csv) or folder (save_to_disk) and "
+        "give that, or make batches of your own."
+    )
+    refused(TypeError, sentence, load_batches, {"text": ["a"]}, None, objective="mlm")
 
 
 def test_batch_of_what_is_no_tensor():

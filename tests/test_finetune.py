@@ -417,11 +417,14 @@ def test_unknown_keywords_are_named_with_the_nearest(name, hint):
         finetune("builtin:bert", task=TASK, **{name: 1e-3})
 
 
-@pytest.mark.parametrize("given", ["scores", "mask"])
+@pytest.mark.parametrize(
+    "given",
+    [{"scores": fs.FisherScores({"w": torch.ones(1)}, 1)}, {"mask": fs.Mask({"w": torch.ones(1, dtype=torch.bool)})}],
+)
 def test_a_regularizer_has_its_scores_and_mask(given):
     """They would do nothing."""
-    with pytest.raises(ValueError, match=f"has its {given} already"):
-        finetune("builtin:bert", task=TASK, method=PullsToZero(0.1), **{given: object()})
+    with pytest.raises(ValueError, match=f"has its {next(iter(given))} already"):
+        finetune("builtin:bert", task=TASK, method=PullsToZero(0.1), **given)
 
 
 SETTINGS = {"model": "builtin:bert", "method": "vanilla", "epochs": 3.0}
@@ -452,6 +455,17 @@ class TestFolder:
         with pytest.raises(FileExistsError, match="has another run below it"):
             finetune("builtin:bert", **QUICK, seeds=[0, 1], out=tmp_path / "exp")
         assert contents(tmp_path) == before
+
+    def test_the_folder_of_a_model_is_no_place_for_a_run(self, tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+        with pytest.raises(FileExistsError, match="is the folder of a model; give another one"):
+            finetune("builtin:bert", **QUICK, out=tmp_path)
+        assert contents(tmp_path) == {tmp_path / "config.json": b"{}"}
+
+    def test_a_run_without_a_finished_training_is_named_as_such(self, tmp_path):
+        (tmp_path / "seed-0.part").mkdir()
+        with pytest.raises(FileNotFoundError, match=r"No training in .* is finished yet; go on with resume"):
+            Results.load(tmp_path)
 
     def test_a_failed_call_takes_away_only_what_it_made(self, tmp_path, monkeypatch):
         place = tmp_path / "exp"
@@ -655,6 +669,13 @@ def test_files_with_other_classes_mean_the_same_by_them(tmp_path):
         objective="classification", max_steps=12, learning_rate=2e-3, progress=False,
     )  # fmt: skip
     assert results.runs[0].value("accuracy") == 1.0
+
+
+def test_validation_on_the_training_examples_is_told(tmp_path, caplog):
+    (tmp_path / "data.tsv").write_text("text\tlabel\n" + "this is red\ta\nthat was dark\tb\n" * 8)
+    both = {"data": tmp_path / "data.tsv", "validation_data": tmp_path / "data.tsv", "objective": "classification"}
+    finetune("builtin:bert", **both, max_steps=1, progress=False)
+    assert "The validation data are the training data: they say nothing about other examples." in caplog.messages
 
 
 def test_another_run_is_not_taken_for_this_one(tmp_path):

@@ -563,8 +563,11 @@ def test_measures_of_a_model_are_those_of_the_functions():
     assert found["slice_curvature"] == slice_curvature(curvature, directions).tolist()
 
 
-def test_measures_of_a_model_without_directions_have_no_slices():
+def test_measures_of_a_model_without_directions_have_no_slices(capsys: pytest.CaptureFixture[str]):
     assert "slice_curvature" not in measure_model(of(Net(3, 4, 3)))
+    assert "Measures: 100%" in capsys.readouterr().err
+    measure_model(of(Net(3, 4, 3)), progress=False)
+    assert not capsys.readouterr().err
 
 
 def test_basin_that_is_not_left_has_no_steps_in_json():

@@ -81,8 +81,8 @@ def test_head_that_the_checkpoint_lacks_is_drawn_from_the_seed(folders: dict, ca
     assert describe(one)["new_parameters"] == new
     assert describe(one)["seed"] == 1
     assert [record.message for record in caplog.records] == [
-        f"{folders['bert']} has no weights for 4 parameters, for example 'bert.pooler.dense.bias'; they are drawn at "
-        "random from seed 1."
+        f"{folders['bert']} has no weights for 4 of its parameters, for example 'bert.pooler.dense.bias'; such are "
+        "drawn at random from seed 1."
     ]
     torch.rand(3)
     again, _ = load_model(folders["bert"], seed=1, **options)

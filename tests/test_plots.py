@@ -399,6 +399,10 @@ def test_parameters_drawn_at_random_are_left_out():
     assert lines.lines[0].y.tolist() == [1.0, 2.0]
     assert lines.notes == layers(given, None).notes == ("without 2 parameters drawn at random",)
     assert layers(given, None).labels == ("layer 0",)
+    assert layers([given, given], None).notes == ("without 2 parameters drawn at random",)
+    other = scores({"a.layer.0.w": [1.0, 2.0]})
+    for lines in (layers([given, other], ["x", "y"]), parameter_lines([given, other], ["x", "y"])):
+        assert lines.notes == ("x: without 2 parameters drawn at random",)
 
 
 def test_layers_are_means_over_entries_in_the_models_order():

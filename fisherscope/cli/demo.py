@@ -101,7 +101,6 @@ def _run(command: list[str]) -> None:
 
 def _write_page(out: Path, commands: list[list[str]], seconds: float) -> None:
     from .. import storage
-    from ..finetune import Results
     from ..landscape import Landscape
     from ..scores import FisherScores
 
@@ -118,11 +117,6 @@ def _write_page(out: Path, commands: list[list[str]], seconds: float) -> None:
         f"| `{model}` | {found.num_examples} | {found.num_entries:,} | {100 * found.share_holding(0.5):.2g} % "
         f"| {100 * found.share_holding(0.9):.2g} % |"
         for model, found in scores.items()
-    )
-    trained = {method: Results.load(out / folder).values() for method, folder in FINETUNED.items()}
-    seeds = "\n".join(
-        f"| `{method}` | {' | '.join(f'{value:.3f}' for value in values.values())} |"
-        for method, values in trained.items()
     )
     facts = scores[MODELS[0]].provenance
     text = f"""# What the demo found
@@ -160,7 +154,7 @@ the scores above. Matthews correlation on the validation examples after the last
 
 | method | seed 0 | seed 1 |
 |---|---|---|
-{seeds}
+{_trained(out)}
 
 Two seeds show that it runs, and nothing about which is better. Nor is it the guidance alone that differs: the guided
 rates are about half of the model's own on average, and `--highest 0.05 --lowest 0.05` is the control for that.
@@ -174,6 +168,21 @@ Made in {seconds:.0f} s with {", ".join(f"{k} {v}" for k, v in facts["versions"]
 """
     with storage.atomic(out / "README.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _trained(out: Path) -> str:
+    """The rows of the trainings, and which of them count as failed."""
+    from ..finetune import Results
+
+    rows, failures = [], []
+    for method, folder in FINETUNED.items():
+        results = Results.load(out / folder)
+        rows.append(f"| `{method}` | {' | '.join(f'{value:.3f}' for value in results.values().values())} |")
+        why = {run.seed: results.failure(run) for run in results.runs}
+        failures += [f"`{method}`, seed {seed} ({reason})" for seed, reason in why.items() if reason]
+    if failures:
+        rows += ["", f"Trainings that count as failed: {'; '.join(failures)}."]
+    return "\n".join(rows)
 
 
 def _shown(word: str, out: Path) -> str:

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from ..landscape import Direction, Landscape, Subspace
     from ..landscape.curvature import Curvature
 
-logger = logging.getLogger(__name__)
-
 DIRECTIONS = {
     "random": 0,
     "between": 1,
@@ -180,7 +178,6 @@ def _with_measures(
     from ..landscape.measures import eigenvalue_ratio_map, measure_landscape, measure_model
 
     if args.measures:
-        logger.info("Now the measures, which take hundreds of passes over the examples.")
         measures = measure_model(curvature, directions, seed=args.seed)
         landscape = replace(landscape, measures={**measure_landscape(landscape), **measures})
     if args.eigenvalue_ratio:

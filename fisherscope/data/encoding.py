@@ -208,10 +208,16 @@ def load_batches(
 
     Raises:
         FileNotFoundError: If there is no such file or data set.
+        TypeError: If the data are no name, path or source.
         ValueError: If an argument is out of range, the data cannot be read, or the tokenizer lacks a token that the
             objective needs.
     """
     check_objective(objective)
+    if not isinstance(data, str | Path | Source):
+        raise TypeError(
+            f"data must be a name, a path or a Source, got a {type(data).__name__}; save it as a file (to_csv) or "
+            "folder (save_to_disk) and give that, or make batches of your own."
+        )
     _at_least(1, "batch_size", batch_size)
     _at_least(0, "seed", seed)
     max_length = _max_length(max_length, tokenizer)

@@ -53,7 +53,7 @@ def begin(
 
     Raises:
         FileExistsError: If the folder holds a run and ``resume`` is not set, files of something else under the names of
-            ours, or other runs below it.
+            ours, a model, or other runs below it.
         NotADirectoryError: If it is a file.
         OtherSettings: If the run there has other settings, or began with other weights of the same name.
         WrongFile: If a file of the run there is damaged, or none of ours.
@@ -97,6 +97,8 @@ def _check_free(folder: Path) -> None:
         raise FileExistsError(
             f"{folder} holds {found.name}, but no {CONFIG} that says of which run it is; give another folder."
         )
+    if (folder / "config.json").exists():
+        raise FileExistsError(f"{folder} is the folder of a model; give another one for what comes out.")
     if found := next(folder.rglob(RESULTS), None) or next(folder.rglob(f"{RESULTS}.part"), None):
         raise FileExistsError(f"{folder} has another run below it, {found.parent}; give a folder of its own.")
 

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import itertools
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -23,6 +24,8 @@ from .protocol import DEFAULT, PROTOCOLS, Roles, Size, Splits
 from .recipe import Recipe
 from .regularizer import METHODS, Composed, Regularizer, check_regularizers, check_together
 from .run import Run
+
+logger = logging.getLogger(__name__)
 
 MEAN = "mean"
 """The main metric of several tasks: the mean of theirs."""
@@ -230,6 +233,8 @@ def data_of(
         train = read_source(data, objective=objective, **columns)
         if validation_data is not None:
             validation = read_source(validation_data, objective=objective, **columns)
+            if validation.fingerprint == train.fingerprint:
+                logger.warning("The validation data are the training data: they say nothing about other examples.")
         if objective == "classification" and validation is not None:  # a file numbers its own classes
             validation = with_class_order(validation, train.label_names or ())
         defaults = {"classification": CLASSIFICATION[0], "regression": REGRESSION[0]}

@@ -223,6 +223,8 @@ class Results:
         if path.is_dir():
             complete = path / "results.json"
             path = complete if complete.exists() else storage.part_path(complete)
+            if not path.exists() and any(path.parent.glob("seed-*.part")):
+                raise FileNotFoundError(f"No training in {path.parent} is finished yet; go on with resume (--resume).")
             if not path.exists():
                 raise FileNotFoundError(
                     f"A folder must hold results of fine-tuning, but {complete.parent} holds none; give the folder of "

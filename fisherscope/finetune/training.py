@@ -25,7 +25,7 @@ from .. import distributed, storage
 from .._machine import device_name, forget_peak, peak_memory
 from ..data import Batches, load_batches
 from ..data.sources import LABELLED_OBJECTIVES
-from ..masks import Mask
+from ..masks import Mask, check_mask
 from ..metrics import is_constant
 from ..models import (
     describe,
@@ -36,7 +36,7 @@ from ..models import (
     take_backbone,
     usable_device,
 )
-from ..scores import FisherScores
+from ..scores import FisherScores, check_scores
 from .callback import RegularizerCallback, last_checkpoint
 from .evaluation import Evaluation, Rows, evaluated, measured
 from .folder import SPLITS, OtherSettings, add, begin, finish, leave, work_folder
@@ -159,6 +159,10 @@ def finetune(
         TypeError: If there is no such keyword.
     """
     _check_keywords(recipe)
+    if scores is not None:
+        check_scores(scores)
+    if mask is not None:
+        check_mask(mask)
     given = given_names(scores, mask)
     check_method(method, settings or {}, given)
     _check_seeds(seeds)

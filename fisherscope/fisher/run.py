@@ -132,6 +132,8 @@ def estimate_fisher(
         add = within_memory(add, rehearse=device_of(model).type == "cuda")
     with measuring(model):
         _run(add, batches, objective, state, facts, path, progress)
+    if not state.seen:
+        raise ValueError("A Fisher run needs at least one batch, but there is none; check the data.")
     if not state.used:
         raise ValueError(
             "None of the examples has a scored token (a label that is not -100); check labels and objective."

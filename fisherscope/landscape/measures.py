@@ -1,7 +1,7 @@
 """Numbers about a landscape, and about the loss near the model at its centre."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -446,7 +446,12 @@ def measure_landscape(landscape: Landscape, *, threshold: float = 0.1) -> dict[s
 
 
 def measure_model(
-    curvature: Curvature, directions: Sequence[Direction] = (), *, eigenvalues: int = 2, seed: int = 0
+    curvature: Curvature,
+    directions: Sequence[Direction] = (),
+    *,
+    eigenvalues: int = 2,
+    seed: int = 0,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """What the loss near a model tells, as JSON, with the defaults of the functions of this module.
 
@@ -459,21 +464,27 @@ def measure_model(
         directions: Those of a landscape.
         eigenvalues: How many.
         seed: Of all draws.
+        progress: Show a bar that moves with every measure.
     """
     both = {"plain": False, "adaptive": True}
-    found = {
-        "loss": curvature.loss(),
-        "entries": curvature.size,
-        "curvature": curvature.kind,
-        "sharpness": {name: sharpness(curvature, adaptive=adaptive) for name, adaptive in both.items()},
-        "average_sharpness": {
+    measures: dict[str, Callable[[], Any]] = {
+        "loss": curvature.loss,
+        "sharpness": lambda: {name: sharpness(curvature, adaptive=adaptive) for name, adaptive in both.items()},
+        "average_sharpness": lambda: {
             name: asdict(average_sharpness(curvature, adaptive=adaptive, seed=seed)) for name, adaptive in both.items()
         },
-        "eigenvalues": top_eigenvalues(curvature, eigenvalues, seed=seed),
-        "trace": asdict(trace(curvature, seed=seed)),
-        "spectrum": asdict(spectral_density(curvature, seed=seed)),
+        "eigenvalues": lambda: top_eigenvalues(curvature, eigenvalues, seed=seed),
+        "trace": lambda: asdict(trace(curvature, seed=seed)),
+        "spectrum": lambda: asdict(spectral_density(curvature, seed=seed)),
     }
-    return _plain(found | ({"slice_curvature": slice_curvature(curvature, directions)} if directions else {}))
+    if directions:
+        measures["slice_curvature"] = lambda: slice_curvature(curvature, directions)
+    found: dict[str, Any] = {"entries": curvature.size, "curvature": curvature.kind}
+    with progress_bar(len(measures), "Measures", "measure", shown=progress) as bar:
+        for name, measure in measures.items():
+            found[name] = measure()
+            bar.update()
+    return _plain(found)
 
 
 def _plain(value: Any) -> Any:

@@ -22,7 +22,7 @@ from ..masks import Mask, check_mask
 from ..metrics import CLASSIFICATION, REGRESSION
 from ..models import check_head, describe, infer_objective, measuring
 from ..objectives import Batch, LossFunction, check_batch, is_language_model, num_scored, reference_losses
-from ..scores import FisherScores
+from ..scores import FisherScores, check_scores
 from .adaptive import Index, check_tolerance, measure_adaptively
 from .directions import Direction, Match, Normalize, OneDimensional, Subspace, geometry_of, norm
 from .evaluate import Evaluator, Metric, metric_name
@@ -117,6 +117,8 @@ def scan_landscape(
     check_head(model, objective)
     if mask is not None:
         check_mask(mask)
+    if scores is not None:
+        check_scores(scores)
     _check_metrics(metrics, objective, getattr(getattr(model, "config", None), "num_labels", None))
     space = given_space(directions, model, axes)
     _check_replicates(replicates, space)

@@ -33,8 +33,9 @@ def sorted_lines(scores: FisherScores | Sequence[FisherScores], by: str, normali
         _check_same_reduction(given)
     units = "entries" if by == "entry" else "parameters"
     is_share = len(given) > 1
+    names = titles_of(given, titles, differing_titles(given))
     lines, notes = [], []
-    for one, title in zip(given, titles_of(given, titles, differing_titles(given)), strict=True):
+    for one, title in zip(given, names, strict=True):
         values = _values(one, by)
         lines.append(_sorted_line(values, title, normalized, is_share))
         if (zeros := int((values == 0).sum())) and not normalized:
@@ -46,7 +47,7 @@ def sorted_lines(scores: FisherScores | Sequence[FisherScores], by: str, normali
         f"{quantity}, min-max normalised" if normalized else quantity + unit_of(given),
         not normalized,
         is_share,
-        (*notes, *_new_parameters_note(given)),
+        (*notes, *_new_parameters_notes(given, names)),
     )
 
 
@@ -61,8 +62,9 @@ def parameter_lines(scores: FisherScores | Sequence[FisherScores], titles: Title
     _check_same_reduction(given)
     means = [_values(one, "parameter") for one in given]
     lowest = LOWEST * max(float(values.max()) for values in means)
+    names = titles_of(given, titles, differing_titles(given))
     lines, notes = [], []
-    for values, title in zip(means, titles_of(given, titles, differing_titles(given)), strict=True):
+    for values, title in zip(means, names, strict=True):
         if not values.any():
             raise ValueError(f"All scores of {title} are 0, so there is nothing to draw on a logarithmic axis.")
         is_shown = (values > 0) & (values >= lowest)
@@ -77,7 +79,7 @@ def parameter_lines(scores: FisherScores | Sequence[FisherScores], titles: Title
         tuple(tuple(_kept(one)) for one in given),
         found[0] if len(found) == 1 else (),
         "mean Fisher score" + unit_of(given),
-        (*notes, *_new_parameters_note(given)),
+        (*notes, *_new_parameters_notes(given, names)),
     )
 
 
@@ -94,8 +96,9 @@ def layers(scores: FisherScores | Sequence[FisherScores], titles: Titles) -> Lay
     labels = _merged([list(rows) for rows in layered])
     if not any(row.mean for rows in layered for row in rows.values()):
         raise ValueError("All scores are 0, so there is nothing to draw on a logarithmic axis.")
+    names = titles_of(given, titles, differing_titles(given))
     series, ranges, notes = [], [], []
-    for title, rows in zip(titles_of(given, titles, differing_titles(given)), layered, strict=True):
+    for title, rows in zip(names, layered, strict=True):
         shown = {label: row for label, row in rows.items() if row.mean}
         places = np.array([float(labels.index(label)) for label in shown])
         series.append(Line(title, places, np.array([row.mean for row in shown.values()])))
@@ -105,7 +108,8 @@ def layers(scores: FisherScores | Sequence[FisherScores], titles: Titles) -> Lay
     if any(ranges):
         notes.append("whiskers: means by either half of the examples alone")
     value_label = "mean Fisher score of an entry" + unit_of(given)
-    return Layers(tuple(labels), tuple(series), tuple(ranges), value_label, (*notes, *_new_parameters_note(given)))
+    notes += _new_parameters_notes(given, names)
+    return Layers(tuple(labels), tuple(series), tuple(ranges), value_label, tuple(notes))
 
 
 def _range_of(rows: Sequence[Summary]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -274,9 +278,13 @@ def unit_of(given: Sequence[FisherScores]) -> str:
     return " (nats²)" if all("nats" in LOSS_LABELS.get(objective, "") for objective in objectives) else ""
 
 
-def _new_parameters_note(given: Sequence[FisherScores]) -> tuple[str, ...]:
-    left_out = max(len(set(scores) & set(scores.new_parameters)) for scores in given)
-    return (f"without {left_out} parameter{'s' if left_out > 1 else ''} drawn at random",) if left_out else ()
+def _new_parameters_notes(given: Sequence[FisherScores], names: Sequence[str]) -> list[str]:
+    """How many parameters are not shown because they were drawn at random; of which scores, unless of all."""
+    counts = [len(set(scores) & set(scores.new_parameters)) for scores in given]
+    said = [f"without {count} parameter{'s' if count > 1 else ''} drawn at random" for count in counts]
+    if len(set(counts)) == 1:
+        return said[:1] if counts[0] else []
+    return [f"{name}: {note}" for name, note, count in zip(names, said, counts, strict=True) if count]
 
 
 def _by_label(scores: FisherScores) -> dict[str, Summary]:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ...models import DropoutSite, backbone, backbone_prefix, dropout_sites, is_wrapped
-from ...scores import FisherScores
+from ...scores import FisherScores, check_scores
 from ..parts import rates_set
 from ..regularizer import Applied, Regularizer
 
@@ -67,7 +67,8 @@ class GuidedDropout(Regularizer):
     by: By = "rank"
 
     def __post_init__(self) -> None:
-        """Refuse rates that are none."""
+        """Refuse rates and scores that are none."""
+        check_scores(self.scores)
         _check(self.highest, self.lowest, self.by)
 
     def sites(self, model: nn.Module) -> list[GuidedSite]:
