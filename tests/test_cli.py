@@ -122,7 +122,7 @@ def test_classification_on_a_pair_task(folder: Path, tmp_path: Path, capsys: pyt
     words = ["--model", folder / "model", "--data", folder / "pairs.tsv", "--objective", "classification"]
     assert run("fisher", *words, "--device", "cpu", "--out", out) == 0
     drawn, warned = (line for line in capsys.readouterr().err.splitlines() if "drawn at random" in line)
-    assert drawn.endswith("they are drawn at random from seed 0.")
+    assert drawn.endswith("such are drawn at random from seed 0.")
     assert "gradients through what was drawn at random" in warned and "fine-tune the model first" in warned
     scores = fs.FisherScores.load(out)
     assert scores.num_examples == 40

@@ -304,7 +304,7 @@ def test_without_padding_is_the_example_as_it_was(name: str):
 
 
 def test_bare_errors_of_a_run_come_through(bert: Case):
-    with pytest.raises(ValueError, match="None of the examples has a scored token"):
+    with pytest.raises(ValueError, match="A Fisher run needs at least one batch, but there is none"):
         check_engine(bert.model, [])
     with pytest.raises(ValueError, match="Cannot tell the objective of a Linear"):
         check_engine(nn.Linear(1, 1), [])
